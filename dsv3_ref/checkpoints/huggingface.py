@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from dsv3_ref.checkpoints.atomic import atomic_dir
-from dsv3_ref.checkpoints.safetensors_files import SCALE_SUFFIX, SHARD_BYTES, write_safetensors
+from dsv3_ref.checkpoints.safetensors_files import (
+    SCALE_SUFFIX,
+    SHARD_BYTES,
+    LazyTensor,
+    WrittenTensor,
+    write_config,
+    write_files,
+    write_index,
+)
 from dsv3_ref.checkpoints.hf_config import config_to_hf
 from dsv3_ref.config import Config
 from dsv3_ref.fp8 import weight_quant
@@ -95,16 +103,32 @@ def write_hf(
     folder: Path, model: Transformer, values: dict[str, Any], dtype: torch.dtype | None = None,
     use_fp8: bool = False, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Write config.json and weights into a folder.
+    """Write config.json, weights and their index into a folder.
 
-    values: the fields of config.json. dtype: of the weights, None: as they are. use_fp8: quantize
-    the matrices of attention and FFN, with scales in powers of two if `values` ask for ue8m0.
+    values: the fields of config.json. dtype, use_fp8: see `write_hf_files`.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, LazyTensor] = {}
     for name, x in model.state_dict().items():
         parts = x.unbind() if x.ndim == 3 else [x]
-        tensors |= zip(hf_names(name, model.config), parts, strict=True)
-    tensors |= mtp_copies(model)
+        lazy = [LazyTensor(part.nbytes, part.detach) for part in parts]
+        tensors |= zip(hf_names(name, model.config), lazy, strict=True)
+    tensors |= mtp_copies(tensors, model.config)
+    write_config(folder, values)
+    written = write_hf_files(folder, tensors, values, dtype, use_fp8, shard_bytes)
+    write_index(folder, written)
+
+
+def write_hf_files(
+    folder: Path, tensors: dict[str, LazyTensor], values: dict[str, Any],
+    dtype: torch.dtype | None = None, use_fp8: bool = False, shard_bytes: int = SHARD_BYTES,
+    part: int = 0, parts: int = 1,
+) -> list[WrittenTensor]:  # fmt: skip
+    """Write the safetensors files that are the `part` of `parts`, one after another.
+
+    tensors: by Hugging Face's names. values: the fields of config.json. dtype: of the weights,
+    None: as they are. use_fp8: quantize the matrices of attention and FFN, with scales in powers of
+    two if `values` ask for ue8m0.
+    """
     quantization = values.get("quantization_config") or {}
     use_ue8m0 = quantization.get("scale_fmt") == "ue8m0"
 
@@ -116,17 +140,16 @@ def write_hf(
             return {name: codes, name + SCALE_SUFFIX: scales}
         return {name: x.to(dtype or x.dtype, copy=bool(IGNORED.fullmatch(name)))}
 
-    write_safetensors(folder, values, tensors, shard_bytes, convert)
+    return write_files(folder, tensors, shard_bytes, convert, part, parts)
 
 
-def mtp_copies(model: Transformer) -> dict[str, torch.Tensor]:
+def mtp_copies(tensors: dict[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
     """Return embedding and head under the names that each MTP layer has for them.
 
     The released files hold these copies, and vLLM and SGLang read them.
     """
-    copies: dict[str, torch.Tensor] = {}
-    first = model.config.n_layers
-    for i in range(first, first + model.config.n_mtp_layers):
-        copies[f"model.layers.{i}.embed_tokens.weight"] = model.embed.weight
-        copies[f"model.layers.{i}.shared_head.head.weight"] = model.head.weight
+    copies: dict[str, LazyTensor] = {}
+    for i in range(config.n_layers, config.n_layers + config.n_mtp_layers):
+        copies[f"model.layers.{i}.embed_tokens.weight"] = tensors[HF_NAMES["embed.weight"]]
+        copies[f"model.layers.{i}.shared_head.head.weight"] = tensors[HF_NAMES["head.weight"]]
     return copies

@@ -210,16 +210,17 @@ def damaged(path: Path, why: str) -> DamageError:
 
 
 @contextmanager
-def verified(folder: Path, enabled: bool = True) -> Iterator[None]:
+def verified(folder: Path, enabled: bool = True, part: int = 0, parts: int = 1) -> Iterator[None]:
     """Verify a directory while the body loads it; raise a `DamageError` at the end if it differs.
 
-    It replaces an error of the body, which the damage explains.
+    Of several ranks, each verifies its `part` of `parts` of the files. The error replaces one of
+    the body, which the damage explains.
     """
     if not enabled:
         yield
         return
     with ThreadPoolExecutor(1) as pool:
-        check: Future[None] = pool.submit(verify, folder)
+        check: Future[None] = pool.submit(verify, folder, part, parts)
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ written by several ranks have one safetensors file per rank and a table of their
 
 import re
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
@@ -17,7 +17,13 @@ from safetensors import SafetensorError
 
 from dsv3_ref.checkpoints.atomic import OLD, atomic_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.hf_config import config_from_hf, promised_mtp_layers
-from dsv3_ref.checkpoints.huggingface import IGNORED, LAYER, hf_names, is_gate_bias
+from dsv3_ref.checkpoints.huggingface import (
+    IGNORED,
+    LAYER,
+    hf_names,
+    is_gate_bias,
+    mtp_copies,
+)
 from dsv3_ref.checkpoints.hub import local_dir
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import (
@@ -31,16 +37,17 @@ from dsv3_ref.checkpoints.safetensors_files import (
     FP8,
     SCALE_SUFFIX,
     SHARD_BYTES,
+    FlatRange,
+    LazyTensor,
     TensorFiles,
     write_safetensors,
 )
-from dsv3_ref.checkpoints.sharded import build_on_meta, consolidate, global_tensors
-from dsv3_ref.checkpoints.storage import read_into
+from dsv3_ref.checkpoints.sharded import ShardedReader, build_on_meta, consolidate
+from dsv3_ref.checkpoints.storage import ShardedFiles, whole_ranges
 from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
 
 AnyPath = str | PathLike[str]
-TakePart = Callable[[str, torch.Tensor], torch.Tensor]
 STEP_NAME = re.compile(r"step_\d{7}|step_[1-9]\d{7,}", re.ASCII)
 
 # ── Loading ──
@@ -74,9 +81,18 @@ def load_dir(
     return reader.model
 
 
-def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: bool = True) -> Loaded:
+def call_alone(make: Callable[[], Loaded]) -> Loaded:
+    """Return make(), in a process that has no others to agree with."""
+    return make()
+
+
+def newest_whole(
+    directory: AnyPath, read: Callable[[Path], Loaded], verify: bool = True, part: int = 0,
+    parts: int = 1, call: Callable[[Callable[[], Loaded]], Loaded] = call_alone,
+) -> Loaded:  # fmt: skip
     """Return `read(folder)` for the newest undamaged checkpoint of a run, or for the directory.
 
+    Of several ranks, each verifies its `part` of `parts` of the files, and `call` shares errors.
     Warn of each damaged checkpoint; raise a `DamageError` if the oldest one is damaged, too.
     """
     checkpoints = list_checkpoints(directory)
@@ -84,12 +100,12 @@ def newest_whole(directory: AnyPath, read: Callable[[Path], Loaded], verify: boo
     def read_verified(folder: Path) -> Loaded:
         if verify and checkpoints:
             require_manifest(folder)
-        with verified(folder, verify):
+        with verified(folder, verify, part, parts):
             return read(folder)
 
     newest_first = reversed(checkpoints or [resolve_checkpoint_dir(directory)])
-    loaded, damages = first_whole(newest_first, read_verified)
-    for damage in damages.values():
+    loaded, damages = first_whole(newest_first, lambda folder: call(partial(read_verified, folder)))
+    for damage in damages.values() if part == 0 else ():
         warnings.warn(f"{damage}. An earlier checkpoint is loaded instead.", stacklevel=3)
     return loaded
 
@@ -102,72 +118,65 @@ def load_checkpoint_config(directory: AnyPath) -> Config:
     return CheckpointReader(folder).config
 
 
-def open_tensors(directory: AnyPath) -> Callable[[str], torch.Tensor]:
-    """Return a function that reads a tensor by our name of it."""
-    folder = resolve_checkpoint_dir(directory)
-    if is_sharded(folder):
-        return consolidate(folder).state_dict().__getitem__
-    return CheckpointReader(folder).read
-
-
-def whole_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor, which is the part of a model on one rank."""
-    return x
+def open_weights(folder: Path) -> "WeightReader":
+    """Return a reader of the weights of one checkpoint of any format."""
+    return ShardedReader(folder) if is_sharded(folder) else CheckpointReader(folder)
 
 
 @torch.no_grad()
-def load_into(
-    model: Transformer, directory: AnyPath, part: TakePart = whole_tensor, verify: bool = True
-) -> None:
-    """Copy the weights of a directory into a model of any dtype.
-
-    `part(name, tensor)` returns the part of each tensor that this model holds.
-    """
-    newest_whole(directory, partial(copy_weights, model, part), verify)
-
-
-def copy_weights(model: Transformer, part: TakePart, directory: Path) -> None:
-    """Copy the weights of one checkpoint into a model."""
-    read = open_tensors(directory)
+def load_into(model: Transformer, directory: AnyPath, verify: bool = True) -> None:
+    """Copy the weights of a directory into a model of any dtype."""
+    targets: dict[str, FlatRange] = {}
     for name, x in model.state_dict().items():
+        targets |= whole_ranges(name, x)
+    newest_whole(directory, partial(fill_weights, targets), verify)
+
+
+def fill_weights(targets: dict[str, FlatRange], folder: Path) -> None:
+    """Fill ranges of our tensors from one checkpoint; of its files only these are read.
+
+    targets: by our names; experts are named one by one, `<name>.<i>`.
+    """
+    reader = open_weights(folder)
+    for name, target in targets.items():
         try:
-            x.copy_(part(name, read(name)))
-        except (KeyError, RuntimeError):
-            raise UserError(f"{directory} does not fit this model: {name}") from None
+            reader.fill(name, target)
+        except (LookupError, RuntimeError):
+            raise UserError(f"{folder} does not fit this model: {name}") from None
 
 
-def fill_tensors(folder: Path, targets: dict[str, torch.Tensor]) -> None:
-    """Fill tensors from the checkpoint of a run, whole or sharded, by their global names.
+def split_expert_name(name: str) -> tuple[str, int | None]:
+    """Split `<name>.<i>` of an expert into the name of the stack and i; other names have none."""
+    stack, _, index = name.rpartition(".")
+    return (stack, int(index)) if is_expert(name) and index.isdigit() else (name, None)
 
-    targets: `model.<name>`, `exp_avg.<name>`, `ema.<name>` and so on; the experts of a layer are
-    one stacked tensor, or one of them is `<name>.<i>`. Raise a `UserError` if one is missing or has
-    another shape: an incomplete optimizer state is not resumed.
+
+def fill_tensors(folder: Path, targets: dict[str, FlatRange]) -> None:
+    """Fill ranges of the tensors of a run's checkpoint, whole or sharded, by their global names.
+
+    targets: `model.<name>`, `exp_avg.<name>`, `ema.<name>` and so on; experts are named one by one,
+    `<name>.<i>`. Raise a `UserError` if a tensor is missing or has another shape: an incomplete
+    optimizer state is not resumed.
     """
     if is_sharded(folder):
-        single: dict[str, torch.Tensor] = {}
-        for key, x in targets.items():
-            is_stack = is_expert(key) and not key.rpartition(".")[2].isdigit()
-            single |= global_tensors("", key, x, 0) if is_stack else {key: x}
-        read_into(folder, single)
+        files = ShardedFiles(folder)
+        for key, target in targets.items():
+            files.fill(key, target)
         return
     weights, training = TensorFiles(folder), TensorFiles(folder, (TENSORS,))
     for key, target in targets.items():
-        in_weights = key.startswith("model.")
-        stored, name = (weights, key.removeprefix("model.")) if in_weights else (training, key)
-        whole, _, index = name.rpartition(".")
+        is_weight = key.startswith("model.")
+        name, expert = split_expert_name(key.removeprefix("model.") if is_weight else key)
         try:
-            if is_expert(name) and index.isdigit():
-                target.copy_(stored.files[whole].get_slice(whole)[int(index)])
-            else:
-                target.copy_(stored.files[name].get_tensor(name))
+            (weights if is_weight else training).fill(name, target, expert)
         except (LookupError, RuntimeError, SafetensorError) as e:
             raise UserError(f"{folder} lacks {key}, or it has another shape ({e})") from None
 
 
-def read_other_tensors(folder: Path, targets: Container[str]) -> dict[str, torch.Tensor]:
+def read_other_tensors(folder: Path, targets: Iterable[str]) -> dict[str, torch.Tensor]:
     """Return the tensors of a run's state that `fill_tensors` has not read into `targets`."""
-    training = TensorFiles(folder, (TENSORS,))
-    return {name: training.read(name) for name in training.files if name not in targets}
+    training, filled = TensorFiles(folder, (TENSORS,)), {split_expert_name(x)[0] for x in targets}
+    return {name: training.read(name) for name in training.files if name not in filled}
 
 
 class CheckpointReader:
@@ -260,6 +269,15 @@ class CheckpointReader:
             dtype = self.stored.dtype(self.stored_names("embed.weight")[0])
         return torch.float32 if is_gate_bias(name) else dtype
 
+    def fill(self, name: str, target: FlatRange) -> None:
+        """Fill a range of one of our tensors; experts are named one by one."""
+        stack, expert = split_expert_name(name)
+        if self.is_hf and expert is not None:
+            stored, expert = self.stored_names(stack)[expert], None
+        else:
+            [stored] = self.stored_names(stack)
+        self.stored.fill(stored, target, expert)
+
     def read(
         self,
         name: str,
@@ -272,6 +290,32 @@ class CheckpointReader:
         for row, stored in zip(self.expert_slices(tensor), self.stored_names(name), strict=True):
             row.copy_(self.stored.read(stored))
         return tensor
+
+
+WeightReader = ShardedReader | CheckpointReader
+
+
+def hf_tensors(reader: WeightReader) -> dict[str, LazyTensor]:
+    """Return the tensors of a checkpoint by Hugging Face's names, each read when it is written."""
+    tensors: dict[str, LazyTensor] = {}
+    for name, x in reader.expected.items():
+        dtype = reader.target_dtype(name)
+        parts = whole_ranges(name, x)
+        for hf_name, (key, part) in zip(hf_names(name, reader.config), parts.items(), strict=True):
+            nbytes = part.shape.numel() * dtype.itemsize
+            tensors[hf_name] = LazyTensor(
+                nbytes, partial(read_whole, reader, key, part.shape, dtype)
+            )
+    return tensors | mtp_copies(tensors, reader.config)
+
+
+def read_whole(
+    reader: WeightReader, name: str, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """Read one of our tensors, or one expert, into new memory."""
+    x = torch.empty(shape, dtype=dtype)
+    reader.fill(name, FlatRange(shape, 0, x.view(-1)))
+    return x
 
 
 def abbreviate(names: list[str]) -> str:

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,8 +13,8 @@ from safetensors.torch import save_file
 
 from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import CONFIG, INDEX, WEIGHTS
-from dsv3_ref.config import UserError
-from dsv3_ref.fp8 import weight_dequant
+from dsv3_ref.config import UserError, ceil_div
+from dsv3_ref.fp8 import BLOCK_SIZE, weight_dequant
 
 SAFETENSORS = ".safetensors"
 SHARD_BYTES = 5_000_000_000  # of a file before another one starts
@@ -27,6 +28,14 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+
+
+class FlatRange(NamedTuple):
+    """Consecutive elements of a tensor in row-major order."""
+
+    shape: torch.Size  # of the whole tensor
+    start: int  # number of the first element
+    values: torch.Tensor  # (n,); to be filled, or to be stored
 
 
 # ── Reading ──
@@ -67,6 +76,58 @@ class TensorFiles:
         except (ValueError, SafetensorError) as e:
             raise UserError(f"{self.directory}: {name}: {e}") from None
 
+    def fill(self, name: str, target: FlatRange, expert: int | None = None) -> None:
+        """Fill a range of a stored tensor, or of one expert of a stack, (e, …).
+
+        Raise a `LookupError` if there is no such tensor of that shape.
+        """
+        shape = self.shape(name)[0 if expert is None else 1 :]
+        if shape != tuple(target.shape):
+            raise LookupError(f"{name} has shape {shape}, not {tuple(target.shape)}")
+        end = target.start + len(target.values)
+        target.values.copy_(self.read_flat(name, target.start, end, expert))
+
+    def read_flat(self, name: str, start: int, end: int, expert: int | None) -> torch.Tensor:
+        """Return elements start … end − 1 of a stored tensor, or of one expert of a stack, (n,).
+
+        Only the rows that hold them are read, of an FP8 weight also the rest of their blocks.
+        """
+        try:
+            stored = self.files[name].get_slice(name)
+            if self.dtype(name) != FP8:
+                return read_flat(stored, start, end, expert)
+            scales = self.files[name + SCALE_SUFFIX].get_slice(name + SCALE_SUFFIX)
+            return read_fp8(stored, scales, start, end)
+        except (ValueError, SafetensorError) as e:
+            raise UserError(f"{self.directory}: {name}: {e}") from None
+
+
+def read_flat(stored: Any, start: int, end: int, expert: int | None = None) -> torch.Tensor:
+    """Return elements start … end − 1 of a slice of safetensors in row-major order, (n,).
+
+    expert: elements are counted in this expert of a stack, (e, …). Only the rows that hold the
+    elements are read.
+    """
+    shape = stored.get_shape()[0 if expert is None else 1 :]
+    if not shape:
+        return stored[...].view(-1)[start:end]
+    width = math.prod(shape[1:])
+    first = start // width
+    rows = slice(first, ceil_div(end, width))
+    values = stored[rows] if expert is None else stored[expert, rows]
+    return values.reshape(-1)[start - first * width : end - first * width]
+
+
+def read_fp8(stored: Any, scales: Any, start: int, end: int) -> torch.Tensor:
+    """Return elements start … end − 1 of an FP8 weight times its block scales, in fp32, (n,)."""
+    width = stored.get_shape()[1]
+    first = start // width // BLOCK_SIZE  # block of rows
+    stop = ceil_div(end, width)
+    codes = stored[first * BLOCK_SIZE : stop]
+    values = weight_dequant(codes, scales[first : ceil_div(stop, BLOCK_SIZE)]).view(-1)
+    skipped = first * BLOCK_SIZE * width
+    return values[start - skipped : end - skipped]
+
 
 def weight_files(directory: Path) -> list[str]:
     """Return the names of the files that hold a directory's weights.
@@ -102,17 +163,34 @@ def indexed_files(path: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path, named_in: str = INDEX) -> Any:
     """Map a safetensors file, without reading it yet."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError(f"{path} is named in {INDEX} but is not there: copy it too") from None
+        raise UserError(f"{path} is named in {named_in} but is not there: copy it too") from None
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} is damaged or cut off ({e}): copy it again") from None
 
 
 # ── Writing ──
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is read when it is written."""
+
+    nbytes: int  # about; decides which tensors share a file
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor of a directory that is being written."""
+
+    name: str
+    file: str
+    nbytes: int
 
 
 def keep_tensor(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -121,28 +199,49 @@ def keep_tensor(name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(
-    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int,
-    convert: ConvertTensor = keep_tensor,
-) -> None:  # fmt: skip
-    """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`.
+    directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], shard_bytes: int
+) -> None:
+    """Write config.json and safetensors, with an index if one file would exceed `shard_bytes`."""
+    write_config(directory, config)
+    lazy = {name: LazyTensor(x.nbytes, x.detach) for name, x in tensors.items()}
+    write_index(directory, write_files(directory, lazy, shard_bytes))
 
-    convert: returns what is stored for a tensor, by name; it is called file by file, so that the
-    converted tensors of one file are in memory.
-    """
+
+def write_config(directory: Path, config: dict[str, Any]) -> None:
+    """Write config.json."""
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_files(
+    directory: Path, tensors: dict[str, LazyTensor], shard_bytes: int,
+    convert: ConvertTensor = keep_tensor, part: int = 0, parts: int = 1,
+) -> list[WrittenTensor]:  # fmt: skip
+    """Write the safetensors files that are the `part` of `parts`; return what they hold.
+
+    Tensors are read and converted file by file, so that those of one file are in memory. convert:
+    returns what is stored for a tensor, by name.
+    """
     groups = group_by_size({name: t.nbytes for name, t in tensors.items()}, shard_bytes)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i, names in enumerate(groups, start=1):
+    written: list[WrittenTensor] = []
+    for i, names in list(enumerate(groups, start=1))[part::parts]:
         file = WEIGHTS if len(groups) == 1 else f"model-{i:05}-of-{len(groups):05}.safetensors"
         group: dict[str, torch.Tensor] = {}
         for name in names:
-            group |= convert(name, tensors[name].detach())
-        group = {name: x.cpu().contiguous() for name, x in group.items()}
+            stored = convert(name, tensors[name].read())
+            group |= {key: x.cpu().contiguous() for key, x in stored.items()}
         save_file(group, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(group, file)
-        total += sum(x.nbytes for x in group.values())
-    if len(groups) > 1:
+        written += [WrittenTensor(name, file, x.nbytes) for name, x in group.items()]
+    return written
+
+
+def write_index(directory: Path, written: Iterable[WrittenTensor]) -> None:
+    """Write the index of the tensors of all parts, unless they are in one file."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for tensor in sorted(written, key=lambda tensor: tensor.file):
+        weight_map[tensor.name] = tensor.file
+        total += tensor.nbytes
+    if len(set(weight_map.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -1,31 +1,56 @@
-"""Sharded checkpoints, planned by torch.distributed.checkpoint, which any mesh can load.
+"""Sharded checkpoints: every rank writes the slices that it holds, and any mesh can load them.
 
 Every tensor has its global name, and every expert is a tensor of its own, so a checkpoint does not
-depend on which rank held what. Moments are gathered from their shards first.
+depend on which rank held what. Each element of weights, moments and averages is written by exactly
+one rank: the one whose ZeRO slice it is in.
 """
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, read_json, temp_sibling
-from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS, is_expert
-from dsv3_ref.checkpoints.manifest import write_manifest
-from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into, read_table
+from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS
+from dsv3_ref.checkpoints.manifest import DamageError, write_manifest
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
+from dsv3_ref.checkpoints.storage import (
+    RankReport,
+    ShardedFiles,
+    split_experts,
+    whole_ranges,
+    write_ranges,
+    write_table,
+)
 from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
 
+Made = TypeVar("Made")
+
+
+class ShardedOptimizer(Protocol):
+    """An optimizer whose states are flat shards of the parameters of a rank."""
+
+    def ranges(
+        self, more: Mapping[str, Mapping[str, Tensor]], once: bool
+    ) -> Iterator[tuple[str, str, FlatRange]]:
+        """Yield (kind, name of a parameter, range) of this rank's masters, moments and `more`.
+
+        more: further shards by kind. once: only what no other rank yields too.
+        """
+        ...
+
 
 class ShardedModel(Protocol):
-    """One rank's part of a model in training, with its optimizer buckets and its mesh."""
+    """One rank's part of a model in training, with its optimizer and its mesh."""
 
     @property
     def config(self) -> Config:
@@ -43,13 +68,17 @@ class ShardedModel(Protocol):
         ...
 
     @property
-    def optimizer(self) -> Any:
-        """The optimizer, whose buckets hold this rank's shards."""
+    def optimizer(self) -> ShardedOptimizer:
+        """The optimizer, which holds this rank's shards."""
+        ...
+
+    def is_first_holder(self, name: str) -> bool:
+        """Return whether this rank is the first of those that hold a buffer."""
         ...
 
 
 class WeightAverage(Protocol):
-    """An exponential moving average of this rank's shards, by the number of their bucket."""
+    """An exponential moving average of the optimizer's shards, by their names."""
 
     mean: dict[str, Tensor]
 
@@ -57,81 +86,89 @@ class WeightAverage(Protocol):
 Extra = tuple[dict, dict[str, Tensor], dict]  # values for JSON, tensors, what the manifest says
 
 
-def global_tensors(prefix: str, name: str, x: Tensor, first: int) -> dict[str, Tensor]:
-    """Return a tensor under its global name, or each of its experts from number `first` on."""
-    if not is_expert(name):
-        return {f"{prefix}{name}": x}
-    return {f"{prefix}{name}.{first + i}": row for i, row in enumerate(x)}
-
-
 def first_expert(engine: ShardedModel) -> int:
     """Return the number of the first expert that this rank holds."""
     return engine.mesh.ep_rank * engine.config.n_routed_experts // engine.mesh.ep
 
 
-def shards_by_kind(
-    engine: ShardedModel, ema: WeightAverage | None
-) -> list[tuple[Any, dict[str, Tensor]]]:
-    """Return every bucket with this rank's shards of its masters, moments and averages."""
-    shards = []
-    for i, bucket in enumerate(engine.optimizer.buckets):
-        own = {"model": bucket.shard.detach(), **engine.optimizer.moments(bucket)}
-        if ema:
-            own["ema"] = ema.mean[str(i)]
-        shards.append((bucket, own))
-    return shards
+def buffer_ranges(engine: ShardedModel, once: bool) -> dict[str, FlatRange]:
+    """Return the tensors of a checkpoint that no optimizer updates: the biases of the gates.
 
-
-def buffers(engine: ShardedModel) -> dict[str, Tensor]:
-    """Return the tensors of the model that are not parameters: the biases of its gates."""
-    params = dict(engine.model.named_parameters())
-    return {n: x for n, x in engine.model.state_dict().items() if n not in params}
-
-
-def local_tensors(engine: ShardedModel, ema: WeightAverage | None = None) -> dict[str, Tensor]:
-    """Return CPU copies of this rank's master weights, biases, moments and averages."""
-    first = first_expert(engine)
-    out: dict[str, Tensor] = {}
-    for name, x in buffers(engine).items():
-        out |= global_tensors("model.", name, x, first)
-    for bucket, shards in shards_by_kind(engine, ema):
-        for kind, shard in shards.items():
-            flat = bucket.all_gather(shard.to(bucket.flat.device))
-            for name in bucket.names:
-                out |= global_tensors(f"{kind}.", name, bucket.view(flat, name), first)
-    return {name: x.detach().to("cpu", copy=True) for name, x in out.items()}
-
-
-def load_tensors(
-    engine: ShardedModel, tensors: dict[str, Tensor], ema: WeightAverage | None = None
-) -> None:
-    """Copy tensors with the names of `local_tensors` to where that function took them from.
-
-    A collective call, which ends by computing the model's weights from their masters.
+    once: leave out what another rank returns, too.
     """
-    first = first_expert(engine)
+    parameters = dict(engine.model.named_parameters())
+    ranges: dict[str, FlatRange] = {}
+    for name, x in engine.model.state_dict().items():
+        if name not in parameters and (not once or engine.is_first_holder(name)):
+            ranges |= whole_ranges(f"model.{name}", x)
+    return ranges
 
-    def load(prefix: str, name: str, target: Tensor) -> None:
-        for key, x in global_tensors(prefix, name, target, first).items():
-            x.copy_(tensors[key])
 
-    with torch.no_grad():
-        for name, x in buffers(engine).items():
-            load("model.", name, x)
-        for bucket, shards in shards_by_kind(engine, ema):
-            for kind, shard in shards.items():
-                flat = torch.zeros_like(bucket.flat, dtype=shard.dtype, device=shard.device)
-                for name in bucket.names:
-                    load(f"{kind}.", name, bucket.view(flat, name))
-                shard.copy_(bucket.shard_of(flat))
-    engine.optimizer.gather_weights()
+def held_ranges(
+    engine: ShardedModel, ema: WeightAverage | None = None, once: bool = False
+) -> dict[str, FlatRange]:
+    """Return this rank's slices of weights, moments and averages by global name, as views.
+
+    once: leave out what another rank returns, too.
+    """
+    ranges: dict[str, FlatRange] = {}
+    for kind, name, part in engine.optimizer.ranges({"ema": ema.mean} if ema else {}, once):
+        ranges |= split_experts(f"{kind}.{name}", part, first_expert(engine))
+    return ranges | buffer_ranges(engine, once)
+
+
+def weight_ranges(engine: ShardedModel) -> dict[str, FlatRange]:
+    """Return this rank's slices of the weights and the biases of its gates, by our names."""
+    ranges = held_ranges(engine)
+    prefix = "model."
+    return {
+        name.removeprefix(prefix): part for name, part in ranges.items() if name.startswith(prefix)
+    }
+
+
+def stage(ranges: dict[str, FlatRange]) -> dict[str, FlatRange]:
+    """Copy ranges to the CPU, so that training can continue."""
+    return {
+        name: part._replace(values=part.values.detach().to("cpu", copy=True))
+        for name, part in ranges.items()
+    }
+
+
+def gather_results(make: Callable[[], Made], group: Any = None) -> list[Made]:
+    """Return the values of make() of all ranks on the first one, and an empty list on the others.
+
+    If it fails on a rank, raise its error on the first one, which reports it, and end the others. A
+    damaged checkpoint is a `DamageError` on every rank. A collective call; a process that is not
+    one of several ranks is the first one.
+    """
+    if not dist.is_initialized():
+        return [make()]
+    value: Made | None = None
+    failure: Exception | None = None
+    try:
+        value = make()
+    except Exception as e:  # whatever it is, the other ranks must not wait for this one
+        failure = e
+    errors: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
+    error = failure and (isinstance(failure, DamageError), str(failure) or repr(failure))
+    dist.all_gather_object(errors, error, group)
+    if failure and not isinstance(failure, UserError | OSError | SafetensorError):
+        raise failure  # a fault of the program, with its traceback
+    is_first = dist.get_rank(group) == 0
+    for is_damage, text in filter(None, errors):
+        if is_damage:
+            raise DamageError(text)  # another checkpoint may be whole
+        raise UserError(text) if is_first else SystemExit(2)
+    values: list[Any] | None = [None] * len(errors) if is_first else None
+    dist.gather_object(value, values, dist.get_global_rank(group, 0) if group else 0, group)
+    return values or []
 
 
 class AsyncCheckpointer:
     """Writes checkpoints in the background; each appears under its name once it is complete."""
 
-    def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo")
+    def __init__(self, group: dist.ProcessGroup):
+        self.group = group  # of all ranks, on the CPU
         self.thread = ThreadPoolExecutor(1)
         self.writing: Future | None = None
 
@@ -139,46 +176,58 @@ class AsyncCheckpointer:
         self, engine: ShardedModel, folder: Path, extra: Extra | None,
         ema: WeightAverage | None = None,
     ) -> None:  # fmt: skip
-        """Copy this rank's tensors and start to write them.
+        """Copy this rank's slices and start to write them.
 
         extra: what rank 0 adds; None on the other ranks. A collective call.
         """
         self.wait()
-        if extra:
-            make_staging_dir(folder)
-        dist.barrier(self.group)
-        writer = SafetensorsWriter(temp_sibling(folder, TMP))
-        saved = dcp.async_save(
-            local_tensors(engine, ema), process_group=self.group, storage_writer=writer
-        )
-        self.writing = self.thread.submit(self.finish, saved, writer, folder, extra, engine.config)
+        gather_results(lambda: make_staging_dir(folder) if extra else None, self.group)
+        staged = stage(held_ranges(engine, ema, once=True))
+        self.writing = self.thread.submit(self.write, staged, folder, extra, engine.config)
 
-    def finish(
-        self, saved: Any, writer: SafetensorsWriter, folder: Path, extra: Extra | None,
-        config: Config,
-    ) -> None:  # fmt: skip
-        """Complete a checkpoint; runs in the writer thread.
+    def write(
+        self, staged: dict[str, FlatRange], folder: Path, extra: Extra | None, config: Config
+    ) -> None:
+        """Write this rank's file; on rank 0 complete the checkpoint and rename it.
 
-        Once all ranks have written their shards, rank 0 renames the directory to its final name.
+        Runs in the writer thread. Raise a `UserError` if a rank cannot write.
         """
-        saved.result()
+        part, file = temp_sibling(folder, TMP), f"rank_{dist.get_rank(self.group):05}.safetensors"
+
+        def write_own() -> RankReport:
+            try:
+                return write_ranges(part, file, staged)
+            except (OSError, SafetensorError) as e:
+                raise UserError(f"could not write {part / file} ({e})") from e
+
+        reports = gather_results(write_own, self.group)
         if extra:
-            part = temp_sibling(folder, TMP)
-            values, tensors, about = extra
-            (part / CONFIG).write_text(
-                json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8"
-            )
-            save_file(tensors, part / TENSORS)
-            (part / STATE).write_text(json.dumps(values), encoding="utf-8")
-            write_manifest(part, about, writer.checksums)
+            complete_checkpoint(part, reports, extra, config)
             publish_dir(part, folder)
 
     def wait(self) -> None:
         """Wait until the checkpoint in progress has its final name, on all ranks."""
         if self.writing:
-            self.writing.result()
-            dist.barrier(self.group)
-            self.writing = None
+            writing, self.writing = self.writing, None
+            gather_results(writing.result, self.group)
+
+
+def complete_checkpoint(
+    part: Path, reports: list[RankReport], extra: Extra, config: Config
+) -> None:
+    """Add what rank 0 writes: config, table, state of the run and manifest."""
+    values, tensors, about = extra
+    (part / CONFIG).write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+    write_table(part, reports)
+    save_file(tensors, part / TENSORS)
+    (part / STATE).write_text(json.dumps(values), encoding="utf-8")
+    known: dict[str, dict[str, str]] = {}
+    for report in reports:
+        known |= report.checksums
+    write_manifest(part, about, known)
+
+
+# ── Loading by one process ──
 
 
 def build_on_meta(config: Config, n_stored: int, folder: Path) -> Transformer:
@@ -199,18 +248,36 @@ def build_on_meta(config: Config, n_stored: int, folder: Path) -> Transformer:
         raise UserError(f"{folder / CONFIG} has impossible sizes ({e}): copy it again") from None
 
 
+class ShardedReader:
+    """The weights of a sharded checkpoint, read on demand."""
+
+    def __init__(self, folder: Path):
+        self.files = ShardedFiles(folder)
+        self.config = from_dict(read_json(folder / CONFIG))
+        model = build_on_meta(self.config, len(self.files.table), folder)
+        self.model, self.expected = model, model.state_dict()
+        n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if sum(x.numel() for x in self.expected.values()) > n_bytes:
+            raise UserError(
+                f"{folder / CONFIG} asks for more weights than the files hold: copy the directory "
+                "again"
+            )
+
+    def target_dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype of one of our tensors."""
+        first, part = next(iter(whole_ranges(f"model.{name}", self.expected[name]).items()))
+        return self.files.entry(first, part.shape).dtype
+
+    def fill(self, name: str, target: FlatRange) -> None:
+        """Fill a range of one of our tensors; experts are named one by one."""
+        self.files.fill(f"model.{name}", target)
+
+
 def consolidate(folder: Path) -> Transformer:
     """Return the whole model of a sharded checkpoint, loaded by this process alone."""
-    n_stored = len(read_table(folder).state_dict_metadata)
-    model = build_on_meta(from_dict(read_json(folder / CONFIG)), n_stored, folder)
-    n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if sum(x.numel() for x in model.state_dict().values()) > n_bytes:
-        raise UserError(
-            f"{folder / CONFIG} asks for more weights than the files hold: copy the directory again"
-        )
-    model = model.to_empty(device="cpu")
-    targets: dict[str, Tensor] = {}
+    reader = ShardedReader(folder)
+    model = reader.model.to_empty(device="cpu")
     for name, x in model.state_dict().items():
-        targets |= global_tensors("model.", name, x, 0)
-    read_into(folder, targets, alone=True)
+        for key, part in whole_ranges(name, x).items():
+            reader.fill(key, part)
     return model

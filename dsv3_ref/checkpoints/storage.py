@@ -1,258 +1,190 @@
 """Storage of sharded checkpoints: safetensors files and a table of their tensors in JSON.
 
-torch.distributed.checkpoint plans who writes and who reads what. Its own format is not used: the
-table (`.metadata`) can run code when it is read. Ours holds nothing but names and numbers.
+Each rank writes one file of flat ranges: consecutive elements of a tensor in row-major order, such
+as a ZeRO slice. The table has the dtype and shape of every tensor, and the file, first element and
+length of each of its ranges. Tensors can be read in any other cut. Nothing is unpickled.
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import StorageReader, StorageWriter
-from torch.distributed.checkpoint.metadata import (
-    STATE_DICT_TYPE,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import AsyncStager
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch import Tensor
 
 from dsv3_ref.checkpoints.atomic import read_json, write_json
-from dsv3_ref.checkpoints.layout import SHARD_TABLE
+from dsv3_ref.checkpoints.layout import SHARD_TABLE, is_expert
 from dsv3_ref.checkpoints.manifest import file_checksums
-from dsv3_ref.config import UserError
+from dsv3_ref.checkpoints.safetensors_files import FlatRange, open_file, read_flat
+from dsv3_ref.config import UserError, ceil_div
 
-TABLE_FORMAT = 1
+TABLE_FORMAT = 2
 MAX_DIMS = 16  # of a tensor that the table may describe
 
 
-class SafetensorsWriter(StorageWriter, AsyncStager):
-    """Writes `rank_00000.safetensors` per rank and, on the coordinator, the table of tensors.
+class StoredRange(NamedTuple):
+    """A range of a stored tensor."""
 
-    The tensors are taken as they are: pass copies if training continues meanwhile.
+    start: int  # number of the first element
+    length: int  # elements
+    file: str
+
+
+class StoredTensor(NamedTuple):
+    """An entry of the table; the ranges are in order and without gaps."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    ranges: tuple[StoredRange, ...]
+
+
+class RankReport(NamedTuple):
+    """The file that a rank has written."""
+
+    tensors: dict[str, tuple[str, list[int], StoredRange]]  # by name: dtype, shape, range
+    checksums: dict[str, dict[str, str]]  # by file
+
+
+def split_experts(name: str, part: FlatRange, first: int = 0) -> dict[str, FlatRange]:
+    """Return a range under its global name; that of stacked experts, (e, …), once per expert.
+
+    first: the number of the first of these experts. Experts are stored one by one, so that a
+    checkpoint does not depend on which rank held which.
     """
-
-    _synchronize_after_execute = False
-
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        self.checksums: dict[str, dict[str, str]] = {}  # by file, on the coordinator, at the end
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Write to another folder."""
-        self.folder = Path(checkpoint_id) if checkpoint_id else self.folder
-
-    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
-        """Return the tensors, which are copies already."""
-        return state_dict
-
-    def synchronize_staging(self) -> None:
-        """Return at once: `stage` copies nothing."""
-
-    def close(self) -> None:
-        """Return at once: nothing is held open."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Return at once: the folder exists already."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank the name of its file."""
-        return [
-            SavePlan(p.items, f"rank_{i:05}.safetensors", p.planner_data, p.usable)
-            for i, p in enumerate(plans)
-        ]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future:
-        """Write this rank's tensors into its file and hash it, so that no other rank must."""
-        tensors: dict[str, torch.Tensor] = {}
-        sizes: dict[MetadataIndex, int] = {}
-        for item in plan.items:
-            if item.tensor_data is None:
-                raise TypeError(f"{item.index.fqn} is not a tensor")
-            key = chunk_key(item.index.fqn, item.tensor_data.chunk.offsets)
-            value = planner.resolve_data(item)
-            assert isinstance(value, torch.Tensor)
-            tensors[key] = value.detach().cpu().contiguous()
-            sizes[item.index] = tensors[key].nbytes
-        results = []
-        if tensors:
-            path = self.folder / plan.storage_data
-            save_file(tensors, path)
-            written = path.name, file_checksums(path)
-            results = [WriteResult(index, size, written) for index, size in sizes.items()]
-        done: Future = Future()
-        done.set_result(results)
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the table: dtype, shape and chunks of every tensor, and the file of each chunk."""
-        written = {r.index: r.storage_data for r in chain.from_iterable(results)}
-        self.checksums = dict(written.values())
-        tensors: dict[str, dict[str, Any]] = {}
-        for name, about in metadata.state_dict_metadata.items():
-            assert isinstance(about, TensorStorageMetadata)
-            tensors[name] = {
-                "dtype": str(about.properties.dtype).removeprefix("torch."),
-                "shape": list(about.size),
-                "chunks": [
-                    [list(c.offsets), list(c.sizes), written[MetadataIndex(name, c.offsets)][0]]
-                    for c in about.chunks
-                ],
-            }
-        write_json(self.folder / SHARD_TABLE, {"format": TABLE_FORMAT, "tensors": tensors})
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether this is a path."""
-        return isinstance(checkpoint_id, str | os.PathLike)
+    if not is_expert(name):
+        return {name: part}
+    shape = part.shape[1:]
+    size, end = shape.numel(), part.start + len(part.values)
+    ranges: dict[str, FlatRange] = {}
+    for i in range(part.start // size, ceil_div(end, size)):
+        begin, stop = max(part.start, i * size), min(end, (i + 1) * size)
+        values = part.values[begin - part.start : stop - part.start]
+        ranges[f"{name}.{first + i}"] = FlatRange(shape, begin - i * size, values)
+    return ranges
 
 
-class SafetensorsReader(StorageReader):
-    """Reads what `SafetensorsWriter` wrote: of every tensor only the part that a rank needs."""
-
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        self.files: dict[MetadataIndex, str] = {}
-
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Read from another folder."""
-        self.folder = Path(checkpoint_id) if checkpoint_id else self.folder
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the table, or raise a `UserError` if it does not describe tensors."""
-        return read_table(self.folder)
-
-    def set_up_storage_reader(
-        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
-    ) -> None:
-        """Remember which file holds which chunk."""
-        self.files = metadata.storage_data
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans as they are."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future:
-        """Copy the planned parts of the stored tensors into their targets."""
-        opened: dict[str, Any] = {}
-        for item in plan.items:
-            index = item.storage_index
-            name = self.files[index]
-            if name not in opened:
-                opened[name] = open_shard(self.folder / name)
-            parts = [
-                slice(start, start + length)
-                for start, length in zip(item.storage_offsets, item.lengths)
-            ]
-            target = planner.resolve_tensor(item)
-            try:
-                stored = opened[name].get_slice(chunk_key(index.fqn, index.offset or ()))
-                value = stored[tuple(parts)] if parts else stored[...]
-            except (SafetensorError, IndexError, ValueError) as e:
-                raise UserError(f"{self.folder / name}: {index.fqn}: {e}") from None
-            target.detach().copy_(value.view(target.shape))
-            planner.commit_tensor(item, target)
-        done: Future = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Return whether this is a path."""
-        return isinstance(checkpoint_id, str | os.PathLike)
+def whole_ranges(name: str, x: Tensor) -> dict[str, FlatRange]:
+    """Return a whole tensor as `split_experts` does; the ranges are views of it."""
+    return split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)))
 
 
-def read_into(folder: Path, targets: dict[str, torch.Tensor], alone: bool = False) -> None:
-    """Fill tensors from a sharded checkpoint; `alone`: not as one of several ranks.
+# ── Writing ──
 
-    Raise a `UserError` on every rank if one of them cannot read its part.
+
+def range_key(name: str, shape: torch.Size, start: int, length: int) -> str:
+    """Return the name of a range in its file: the tensor's, with the start if it is a part."""
+    return name if length == shape.numel() else f"{name}@{start}"
+
+
+def write_ranges(folder: Path, file: str, ranges: dict[str, FlatRange]) -> RankReport:
+    """Write the ranges of one rank and hash the file, so that no other rank must read it.
+
+    A whole tensor is stored in its shape, a part as a vector.
     """
-    try:
-        dcp.load(targets, storage_reader=SafetensorsReader(folder), no_dist=alone)
-    except dcp.CheckpointException as e:
-        first = next(iter(e.failures.values()))[0]
-        raise UserError(f"{folder} cannot be read: {first}") from None
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, tuple[str, list[int], StoredRange]] = {}
+    for name, (shape, start, values) in ranges.items():
+        key = range_key(name, shape, start, len(values))
+        tensors[key] = values.view(shape) if key == name else values
+        dtype = str(values.dtype).removeprefix("torch.")
+        entries[name] = dtype, list(shape), StoredRange(start, len(values), file)
+    if not tensors:
+        return RankReport({}, {})
+    save_file(tensors, folder / file)
+    return RankReport(entries, {file: file_checksums(folder / file)})
 
 
-def chunk_key(name: str, offsets: tuple[int, ...]) -> str:
-    """Return the name of a chunk in its file: the tensor's, with the offsets unless all are 0."""
-    return f"{name}@{','.join(map(str, offsets))}" if any(offsets) else name
+def write_table(folder: Path, reports: Iterable[RankReport]) -> None:
+    """Write the table of the tensors that all ranks have written."""
+    tensors: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, (dtype, shape, part) in report.tensors.items():
+            entry = tensors.setdefault(name, {"dtype": dtype, "shape": shape, "ranges": []})
+            entry["ranges"].append(part)
+    for entry in tensors.values():
+        entry["ranges"].sort()
+    write_json(folder / SHARD_TABLE, {"format": TABLE_FORMAT, "tensors": tensors})
 
 
-def open_shard(path: Path) -> Any:
-    """Map a safetensors file, or raise a `UserError` that names it."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path} is missing, damaged or cut off ({e}): copy it again") from None
+# ── Reading ──
 
 
-# ── The table ──
+class ShardedFiles:
+    """The tensors of a sharded checkpoint; of every file only what is asked for is read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.table = read_table(folder)
+        self.opened: dict[str, Any] = {}
+
+    def entry(self, name: str, shape: torch.Size) -> StoredTensor:
+        """Return a tensor's entry; raise a `UserError` if it is missing or has another shape."""
+        stored = self.table.get(name)
+        if stored is None or stored.shape != shape:
+            other = f"it has shape {list(stored.shape)}" if stored else "it is not in the table"
+            raise UserError(f"{self.folder} lacks {name} of shape {list(shape)} ({other})")
+        return stored
+
+    def fill(self, name: str, target: FlatRange) -> None:
+        """Copy a range of a stored tensor into the values of `target`."""
+        stored = self.entry(name, target.shape)
+        end = target.start + len(target.values)
+        for part in stored.ranges:
+            begin, stop = max(part.start, target.start), min(part.start + part.length, end)
+            if begin < stop:
+                values = self.read(name, stored, part, begin, stop)
+                target.values[begin - target.start : stop - target.start].copy_(values)
+
+    def read(
+        self, name: str, stored: StoredTensor, part: StoredRange, begin: int, stop: int
+    ) -> Tensor:
+        """Return elements begin … stop − 1 of a tensor, which are in one range."""
+        if part.file not in self.opened:
+            self.opened[part.file] = open_file(self.folder / part.file, SHARD_TABLE)
+        key = range_key(name, stored.shape, part.start, part.length)
+        try:
+            values = self.opened[part.file].get_slice(key)
+            return read_flat(values, begin - part.start, stop - part.start)
+        except (SafetensorError, IndexError, ValueError) as e:
+            raise UserError(f"{self.folder / part.file}: {name}: {e}") from None
 
 
-def read_table(folder: Path) -> Metadata:
+def read_table(folder: Path) -> dict[str, StoredTensor]:
     """Return what the table of a folder says, or raise a `UserError` if it makes no sense."""
     path = folder / SHARD_TABLE
     table = read_json(path)
     if table.get("format") != TABLE_FORMAT:
         raise UserError(f"{path} is of format {table.get('format')!r}, not {TABLE_FORMAT}")
-    tensors: dict[str, Any] = {}
-    files: dict[MetadataIndex, str] = {}
     try:
-        for name, about in table["tensors"].items():
-            tensors[name] = tensor_metadata(about)
-            files |= dict(chunk_files(name, about))
+        return {name: parse_entry(about) for name, about in table["tensors"].items()}
     except (TypeError, ValueError, KeyError, AttributeError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
-    return Metadata(tensors, storage_data=files)
 
 
-def tensor_metadata(about: dict[str, Any]) -> TensorStorageMetadata:
-    """Return dtype, shape and chunks of a tensor; raise a `ValueError` unless they fit together."""
+def parse_entry(about: dict[str, Any]) -> StoredTensor:
+    """Return dtype, shape and ranges of a tensor; raise a `ValueError` unless they fit together."""
     dtype = getattr(torch, about["dtype"], None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{about['dtype']!r} is not a dtype")
     shape = parse_sizes(about["shape"])
-    chunks = [
-        ChunkStorageMetadata(parse_sizes(offsets), parse_sizes(sizes))
-        for offsets, sizes, _ in about["chunks"]
-    ]
-    for chunk in chunks:
-        ends = [a + b for a, b in zip(chunk.offsets, chunk.sizes, strict=True)]
-        if any(end > size for end, size in zip(ends, shape, strict=True)):
-            raise ValueError(f"a chunk ends at {ends} in a tensor of shape {list(shape)}")
-    if sum(math.prod(c.sizes) for c in chunks) != math.prod(shape):
-        raise ValueError(f"the chunks of a tensor do not fill its shape {list(shape)}")
-    return TensorStorageMetadata(TensorProperties(dtype=dtype), shape, chunks)
-
-
-def chunk_files(name: str, about: dict[str, Any]) -> Iterator[tuple[MetadataIndex, str]]:
-    """Yield every chunk of a tensor with its file; raise a `ValueError` for a path outside."""
-    for offsets, _, file in about["chunks"]:
+    ranges = []
+    end = 0
+    for start, length, file in about["ranges"]:
+        parse_sizes([start, length])
+        if start != end:
+            raise ValueError(f"a range begins at element {start}, the one before it ends at {end}")
         if file != os.path.basename(file) or not file.endswith(".safetensors"):
             raise ValueError(f"{file!r} is not the name of a safetensors file")
-        yield MetadataIndex(name, parse_sizes(offsets)), file
+        ranges.append(StoredRange(start, length, file))
+        end += length
+    if end != math.prod(shape):
+        raise ValueError(f"the ranges of a tensor do not fill its shape {list(shape)}")
+    return StoredTensor(dtype, shape, tuple(ranges))
 
 
 def parse_sizes(values: list[int]) -> torch.Size:

@@ -27,7 +27,7 @@ RECIPE: Groups = {
 }
 TRAIN: Groups = {
     "model": "config init",
-    "data": "data streaming tokenizer fim_rate",
+    "data": "data streaming data_streams tokenizer fim_rate",
     "": "recipe",
     "optimizer": "optimizer_dtype ema_decay skip_grad_norm_factor grad_norm_window"
     " max_skipped_steps",
@@ -84,7 +84,7 @@ OPTION_GROUPS: dict[str, Groups] = {
     },
     "check": {},
     "export": {
-        "format": "like fp8 dtype",
+        "format": "like fp8 dtype shard_bytes",
         "output": "gguf gguf_type push",
         "computation": "verify",
     },

@@ -15,7 +15,8 @@ from dsv3_ref.data.text_cache import cache_dir, writable_cache_dir
 from dsv3_ref.pretrain import fim, pack_documents, split_newlines
 
 VAL_BATCH = 8  # windows evaluated at a time
-SHUFFLE_ROWS, SHUFFLE_TOKENS = 2048, 1 << 23  # of a buffer; long rows: fewer, at least 32
+SHUFFLE_ROWS, SHUFFLE_TOKENS = 2048, 1 << 23  # of all buffers; long rows: fewer, at least 32
+MIN_SHUFFLE_ROWS = 16  # of the buffer of one of several streams
 TOKENIZER_CHARS = 12_000_000  # of training text that a tokenizer learns from
 
 
@@ -63,7 +64,10 @@ def sample_texts(sources: Sequence[Source], budget: int = TOKENIZER_CHARS) -> li
 
 
 class PackedDataLoader:
-    """An endless, resumable stream of rows of `length` tokens, mixed by weight and shuffled."""
+    """An endless, resumable stream of rows of `length` tokens, mixed by weight and shuffled.
+
+    stream, num_streams: of the documents, take those that belong to one of several streams.
+    """
 
     def __init__(
         self,
@@ -73,13 +77,17 @@ class PackedDataLoader:
         seed: int,
         fim_rate: float = 0.1,
         split_rate: float = 0.1,
+        stream: int = 0,
+        num_streams: int = 1,
     ):
         tok.check_document_tokens(tokenizer, needs_fim=fim_rate > 0)
-        self.sources, self.tokenizer = sources, tokenizer
+        self.sources = [source.take_part(stream, num_streams) for source in sources]
+        self.tokenizer = tokenizer
         self.length = length
         self.fim_rate, self.split_rate = fim_rate, split_rate
-        self.rng = np.random.default_rng([seed, 7])
-        self.documents = [s.train_documents() for s in sources]
+        self.rng = np.random.default_rng([seed, 7, stream])
+        self.documents = [s.train_documents() for s in self.sources]
+        self.num_streams = num_streams
         self.splits = tok.newline_splits(tokenizer)
         self.ids = {s: i for s in tok.SPECIAL if (i := tokenizer.token_to_id(s)) is not None}
         self.remainder: list[int] = []  # tokens that did not fill a row yet
@@ -115,7 +123,7 @@ class PackedDataLoader:
         drawn = [s.tokens_drawn / s.weight for s in self.sources]
         i = drawn.index(min(drawn))
         source, document = self.sources[i], next(self.documents[i])
-        rng = random.Random(f"{source.seed} {source.epoch} {source.index}")
+        rng = random.Random(f"{source.seed} {source.epoch} {source.document_number}")
         tokens = self.encode(document, rng)
         source.tokens_drawn += len(tokens)
         rows, self.remainder = pack_documents(self.remainder, tokens, self.length)
@@ -123,7 +131,10 @@ class PackedDataLoader:
 
     def __next__(self) -> np.ndarray:
         """Fill the buffer and return a random row of it."""
-        while len(self.buffer) < min(SHUFFLE_ROWS, max(32, SHUFFLE_TOKENS // self.length)):
+        full = min(SHUFFLE_ROWS, max(32, SHUFFLE_TOKENS // self.length))
+        if self.num_streams > 1:
+            full = max(MIN_SHUFFLE_ROWS, full // self.num_streams)
+        while len(self.buffer) < full:
             self.refill()
         i = int(self.rng.integers(len(self.buffer)))
         self.buffer[i], self.buffer[-1] = self.buffer[-1], self.buffer[i]
@@ -133,15 +144,24 @@ class PackedDataLoader:
         """Return n rows, (n, length), int64."""
         return torch.from_numpy(np.stack([next(self) for _ in range(n)])).long()
 
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that returns the present state; it is cheap until it is called."""
+        sources = [[s.epoch, s.index, s.tokens_drawn] for s in self.sources]
+        rng, rows = self.rng.bit_generator.state, list(self.buffer)
+        remainder = self.remainder
+
+        def state_dict() -> dict[str, Any]:
+            buffer = np.stack(rows) if rows else np.zeros((0, self.length), np.int32)
+            return {
+                "sources": sources, "rng": rng, "buffer": torch.from_numpy(buffer),
+                "remainder": torch.tensor(remainder, dtype=torch.int32),
+            }  # fmt: skip
+
+        return state_dict
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the stream: values for JSON, and tensors of buffered tokens."""
-        buffer = np.stack(self.buffer) if self.buffer else np.zeros((0, self.length), np.int32)
-        return {
-            "sources": [[s.epoch, s.index, s.tokens_drawn] for s in self.sources],
-            "rng": self.rng.bit_generator.state,
-            "buffer": torch.from_numpy(buffer),
-            "remainder": torch.tensor(self.remainder, dtype=torch.int32),
-        }
+        return self.snapshot()()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""

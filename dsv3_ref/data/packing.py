@@ -5,7 +5,7 @@ not show them, and a row of data may leave an answer out of the loss. So a row s
 each token: it travels, shuffled and sent to other ranks, as one tensor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -119,7 +119,21 @@ class PackedDataset:
 
     def next_batch(self, n: int) -> torch.Tensor:
         """Return the next n rows, (n, length), int64."""
-        return torch.tensor(list(islice(self, n)))
+        return self.next_part(n, 0, n)
+
+    def next_part(self, n: int, begin: int, end: int) -> torch.Tensor:
+        """Return rows begin … end − 1 of the next n rows, (end − begin, length), int64."""
+        rows = list(islice(self, n))[begin:end]
+        return torch.tensor(rows, dtype=torch.int64).view(len(rows), self.length)
+
+    def snapshot(self) -> Callable[[], dict[str, int]]:
+        """Return a function that returns the present state."""
+        state = self.state_dict()
+        return lambda: state
+
+    def merge_states(self, states: Iterable[dict[str, int]]) -> dict[str, int]:
+        """Return the state of the first reader, which all readers have."""
+        return next(iter(states))
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the stream."""

@@ -7,14 +7,17 @@ import numpy as np
 MAX_PERMUTATION = 1 << 24  # documents whose permutation is held in memory
 
 
-def permuted_indices(n: int, seed: list[int], start: int) -> Iterator[int]:
-    """Yield a permutation of 0 … n − 1 that `seed` determines, from its `start`-th element."""
+def permuted_indices(n: int, seed: list[int], start: int, step: int = 1) -> Iterator[int]:
+    """Yield every `step`-th element of a permutation of 0 … n − 1 from the `start`-th on.
+
+    `seed` determines the permutation.
+    """
     rng = np.random.default_rng(seed)
     if n <= MAX_PERMUTATION:
-        yield from map(int, rng.permutation(n)[start:])
+        yield from map(int, rng.permutation(n)[start::step])
         return
     keys = rng.integers(1 << 63, size=4).tolist()
-    yield from (feistel_permute(i, n, keys) for i in range(start, n))
+    yield from (feistel_permute(i, n, keys) for i in range(start, n, step))
 
 
 def feistel_permute(i: int, n: int, keys: list[int]) -> int:

@@ -3,9 +3,11 @@
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -36,6 +38,7 @@ class Source(ABC):
         self.index = 0  # documents taken in this epoch
         self.tokens_drawn = 0  # in all epochs
         self.is_stream = False
+        self.part, self.parts = 0, 1  # of the documents of each epoch
         self.train_data: Any = None
         self.val_data: Any = None
 
@@ -52,11 +55,12 @@ class Source(ABC):
         """Return names, sizes and hashes that tell whether the documents are the same."""
 
     def documents(self, seed: int, epoch: int = 0, start: int = 0) -> Iterator[Any]:
-        """Yield the training documents of an epoch from number `start`; streams are unshuffled."""
+        """Yield this part's documents of an epoch from number `start`; streams are unshuffled."""
+        first = start * self.parts + self.part
         if self.is_stream:
-            yield from self.read(self.train_data.skip(start))
+            yield from self.read(islice(self.train_data.skip(first), 0, None, self.parts))
             return
-        order = permuted_indices(len(self.train_data), [seed, epoch], start)
+        order = permuted_indices(len(self.train_data), [seed, epoch], first, self.parts)
         yield from self.read(self.train_data[i] for i in order)
 
     def train_documents(self) -> Iterator[Any]:
@@ -72,6 +76,24 @@ class Source(ABC):
                 raise self.no_text_error("train")
             self.epoch += 1
             self.index = 0
+
+    def take_part(self, part: int, parts: int) -> Self:
+        """Return a source of every `parts`-th training document of each epoch, from `part` on."""
+        if not self.is_stream and len(self.train_data) < parts:
+            raise UserError(
+                f"--data-streams {parts} is more than {self.name} has training documents "
+                f"({len(self.train_data)}): lower it"
+            )
+        if parts == 1:
+            return self
+        own = copy(self)
+        own.part, own.parts = part, parts
+        return own
+
+    @property
+    def document_number(self) -> int:
+        """The number, from 1, of the document taken last among all of this epoch."""
+        return (self.index - 1) * self.parts + self.part + 1
 
     @cached_property
     def val_texts(self) -> list[str]:
@@ -134,12 +156,12 @@ class TokenizedSource(Source):
     def __init__(self, data: shards.Shards, part: int, share: float, seed: int):
         about = data.sources[part]
         super().__init__(about["name"], about["weight"] * share, seed)
-        self.data, self.part = data, part
+        self.data, self.number = data, part
         self.val_data, self.train_data = data.documents(part, "val"), data.documents(part, "train")
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the checksums of the shards of this part."""
-        return {"name": self.name, "shards": self.data.part_checksums(self.part)}
+        return {"name": self.name, "shards": self.data.part_checksums(self.number)}
 
     def read(self, rows: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """Yield the rows, which are documents."""

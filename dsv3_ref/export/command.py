@@ -1,19 +1,38 @@
 """`dsv3 export`: a model as a directory for transformers, vLLM, SGLang and lm-eval."""
 
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import tyro
 
-from dsv3_ref.checkpoints.atomic import atomic_dir, read_json
+from dsv3_ref.checkpoints.atomic import TMP, atomic_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.hf_config import FP8_CONFIG, check_hf_config, config_like, config_to_hf
-from dsv3_ref.checkpoints.huggingface import write_hf
+from dsv3_ref.checkpoints.huggingface import write_hf_files
 from dsv3_ref.checkpoints.hub import check_hub_name, local_dir, upload
 from dsv3_ref.checkpoints.layout import CONFIG
-from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, resolve_checkpoint_dir
-from dsv3_ref.config import UserError
+from dsv3_ref.checkpoints.native import (
+    find_tokenizer_dir,
+    hf_tensors,
+    load,
+    newest_whole,
+    open_weights,
+    resolve_checkpoint_dir,
+)
+from dsv3_ref.checkpoints.safetensors_files import (
+    SHARD_BYTES,
+    WrittenTensor,
+    write_config,
+    write_index,
+)
+from dsv3_ref.checkpoints.sharded import gather_results
+from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.tokenizer import load_tokenizer
 from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
@@ -25,7 +44,11 @@ from dsv3_ref.export.tokenizer_files import (
     write_own_files,
 )
 from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.data_parallel import call_on_ranks
+from dsv3_ref.parallel.mesh import init_distributed
+from dsv3_ref.training.settings import world_size
 
+MAX_WAIT = timedelta(days=1)  # for the rank that has most to write
 MODEL_CARD = """\
 ---
 library_name: transformers
@@ -68,23 +91,78 @@ class ExportConfig:
     push: str = ""
     """upload the directory to this model repository of the Hugging Face Hub (owner/name), which is
     created as a private one unless it exists"""
+    shard_bytes: int = SHARD_BYTES
+    """bytes of a file of weights before another one starts; each rank holds one at a time"""
     verify: bool = True
     """compare the files of the model with their checksums, where it has any"""
 
 
 def run_export(args: ExportConfig) -> None:
-    """Write the directory and print what it holds."""
-    check_options(args)
-    model = load(args.model, verify=args.verify)
-    if args.gguf:
-        export_gguf(args.gguf, model, args)
+    """Write the directory and print what it holds; under a launcher, as one of several ranks."""
+    with init_distributed("cpu", MAX_WAIT) if world_size() > 1 else nullcontext():
+        call_on_ranks(lambda: check_options(args))
+        if args.gguf:
+            export_gguf(args.gguf, load(args.model, verify=args.verify), args)
+        if args.out:
+            write_directory(args.out, args)
+        if this_rank()[0] == 0:
+            print_result(args)
+
+
+def print_result(args: ExportConfig) -> None:
+    """Print what the directory holds, and upload it."""
     if args.out:
-        with atomic_dir(args.out) as folder:
-            write_export(folder, args.out.name, model, args)
         files = sorted(path.name for path in args.out.iterdir())
         print(f"wrote {args.out}: {', '.join(files)}")
     if args.out and args.push:
         print(f"pushed to {upload(args.out, args.push)}")
+
+
+class Weights(NamedTuple):
+    """The weights that a rank has written, and what they belong to."""
+
+    tensors: list[WrittenTensor]
+    fields: dict[str, Any]  # of config.json
+    max_seq_len: int
+
+
+def write_directory(out: Path, args: ExportConfig) -> None:
+    """Write a Hugging Face directory; each rank writes its files, the first one the rest.
+
+    Files of weights are written one at a time, from tensors that are read one at a time, so that
+    memory is bounded by --shard-bytes whatever the size of the model.
+    """
+    rank, world = this_rank()
+    with ExitStack() as stack:
+
+        def open_folder() -> Path:
+            if rank == 0:
+                return stack.enter_context(atomic_dir(out))
+            return temp_sibling(out.resolve(), TMP)
+
+        folder = call_on_ranks(open_folder)
+        own = newest_whole(
+            args.model, lambda checkpoint: write_weights(checkpoint, folder, args), args.verify,
+            rank, world, call_on_ranks,
+        )  # fmt: skip
+        written = chain.from_iterable(gather_results(lambda: own.tensors))
+        call_on_ranks(lambda: None if rank else write_rest(folder, own, written, args))
+
+
+def this_rank() -> tuple[int, int]:
+    """Return the number of this process and of all processes of this export."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def write_weights(checkpoint: Path, folder: Path, args: ExportConfig) -> Weights:
+    """Write this rank's files of the weights of one checkpoint."""
+    reader = open_weights(checkpoint)
+    fields = read_fields(reader.config, args)
+    tensors = write_hf_files(
+        folder, hf_tensors(reader), fields, getattr(torch, args.dtype), args.fp8, args.shard_bytes,
+        *this_rank(),
+    )  # fmt: skip
+    return Weights(tensors, fields, reader.config.max_seq_len)
 
 
 def check_options(args: ExportConfig) -> None:
@@ -97,6 +175,8 @@ def check_options(args: ExportConfig) -> None:
         check_hub_name(args.push)
     if args.out and args.out.exists() and not is_empty_dir(args.out):
         raise UserError(f"{args.out} is not an empty directory: choose a new name")
+    if args.gguf and world_size() > 1:
+        raise UserError("--gguf is written by one process: start it without torchrun or srun")
     if args.gguf and args.gguf.exists():
         raise UserError(f"--gguf {args.gguf} exists: choose a new name")
     if args.gguf and not args.gguf.parent.is_dir():
@@ -120,23 +200,38 @@ def export_gguf(path: Path, model: Transformer, args: ExportConfig) -> None:
         print(f"note: {note}")
 
 
-def write_export(folder: Path, name: str, model: Transformer, args: ExportConfig) -> None:
-    """Write weights, config, tokenizer, generation settings and model card into a folder."""
+def read_fields(config: Config, args: ExportConfig) -> dict[str, Any]:
+    """Return the fields of config.json."""
     dtype = getattr(torch, args.dtype)
-    like = local_dir(args.like) if args.like else find_hf_dir(args.model)
+    like = find_like(args)
+    if like is None:
+        fields = config_to_hf(config, dtype)
+        return fields | ({"quantization_config": FP8_CONFIG} if args.fp8 else {})
+    try:
+        return config_like(config, read_like(like), dtype, args.fp8)
+    except UserError as e:
+        raise UserError(f"--like {like}: {e}: choose a directory of the same kind") from None
+
+
+def write_rest(
+    folder: Path, own: Weights, written: Iterable[WrittenTensor], args: ExportConfig
+) -> None:
+    """Write index, config, tokenizer, generation settings and model card into a folder."""
+    assert args.out is not None, "`folder` becomes this directory"
+    like, fields = find_like(args), own.fields
     if like:
-        values = read_like(like)
-        try:
-            fields = config_like(model.config, values, dtype, args.fp8)
-        except UserError as e:
-            raise UserError(f"--like {like}: {e}: choose a directory of the same kind") from None
         copy_tokenizer_files(like, folder)
     else:
-        fields = config_to_hf(model.config, dtype)
-        fields |= {"quantization_config": FP8_CONFIG} if args.fp8 else {}
-        fields |= write_own_files(find_tokenizer_dir(args.model), folder, model.config.max_seq_len)
-    write_hf(folder, model, fields, dtype, args.fp8)
-    (folder / "README.md").write_text(MODEL_CARD.format(name=name), encoding="utf-8")
+        home = find_tokenizer_dir(args.model)
+        fields = fields | write_own_files(home, folder, own.max_seq_len)
+    write_config(folder, fields)
+    write_index(folder, written)
+    (folder / "README.md").write_text(MODEL_CARD.format(name=args.out.name), encoding="utf-8")
+
+
+def find_like(args: ExportConfig) -> Path | None:
+    """Return the directory whose tokenizer and fields are copied, if there is one."""
+    return local_dir(args.like) if args.like else find_hf_dir(args.model)
 
 
 def find_hf_dir(model: Path) -> Path | None:

@@ -5,7 +5,7 @@ projection of MTP are in bf16, gates and norms in fp32 (§3.3.1). Masters and gr
 (§3.3.3).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.fp8 import E4M3
 from dsv3_ref.model import Transformer
@@ -193,6 +194,21 @@ class Bucket:
                 of_param, of_shard = slice(a - start, b - start), slice(a - first, b - first)
                 pieces.append(Piece(name, of_param, of_shard))
         return pieces
+
+    def ranges(self, shard: Tensor, once: bool) -> Iterator[tuple[str, FlatRange]]:
+        """Yield the part of each parameter that a shard holds, as views.
+
+        once: only what no other rank of the group yields too.
+        """
+        first, last = 0, len(shard)
+        if once and not self.sharded:
+            length = len(shard) // self.size
+            first, last = self.rank * length, (self.rank + 1) * length
+        for name, of_param, of_shard in self.pieces():
+            a, b = max(of_shard.start, first), min(of_shard.stop, last)
+            if a < b:
+                start = of_param.start + a - of_shard.start
+                yield name, FlatRange(self.offsets[name][1], start, shard[a:b])
 
     # ── Communication ──
 

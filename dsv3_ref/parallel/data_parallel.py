@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_ref.checkpoints import manifest
+from dsv3_ref.checkpoints.sharded import gather_results
 from dsv3_ref.config import UserError
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
@@ -35,16 +36,29 @@ def broadcast_object_from_rank0(make: Callable[[], T]) -> T:
     return box[0]
 
 
+def call_on_ranks(make: Callable[[], T]) -> T:
+    """Return make() of this rank; if it fails on any, end as `gather_results` does."""
+    box: list[T] = []
+    gather_results(lambda: box.append(make()))
+    return box[0]
+
+
 def any_rank_should_stop(signals: list[int], device: torch.device) -> bool:
     """Return whether any rank has received a signal, so that all stop after the same step.
 
     A rank without its own signal appends the largest one of the others to its list.
     """
-    signal = torch.tensor(max(signals, default=0), device=device)
-    dist.all_reduce(signal, dist.ReduceOp.MAX)
+    signal = largest_on_ranks(max(signals, default=0), device)
     if signal and not signals:
-        signals.append(int(signal))
+        signals.append(signal)
     return bool(signal)
+
+
+def largest_on_ranks(value: int, device: torch.device) -> int:
+    """Return the largest of the values of all ranks."""
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def find_damage_on_ranks(folder: Path) -> str | None:

@@ -1,7 +1,6 @@
 """A training step over all ranks, with the same losses on every mesh."""
 
 import math
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -17,6 +16,7 @@ from dsv3_ref.parallel.build import build_local_model, count_stages, owning_rank
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
+from dsv3_ref.parallel.rows import LocalRows
 from dsv3_ref.parallel.stage import LossWeights, TapeDispatcher
 from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
 from dsv3_ref.parallel.zero import ZeroOptimizer
@@ -30,7 +30,7 @@ class ParallelEngine:
     objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks
     of an expert group in one node; 0 dispatches in one hop. precision: that of weights and residual
     stream; in bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend
-    `fp8`. load: sets the first weights of this rank's model, while they are still in fp32.
+    `fp8`.
     """
 
     def __init__(
@@ -38,10 +38,9 @@ class ParallelEngine:
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
         objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
-        load: Callable[[Transformer], None] | None = None,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        stages = stages_by_rank(schedule, mesh.pp)
+        self.stages_by_rank = stages = stages_by_rank(schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:
             raise UserError(
@@ -55,8 +54,6 @@ class ParallelEngine:
         self.moe_names = list(moe_layers(whole))
         self.num_params = sum(p.numel() for p in whole.parameters())
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
-        if load:
-            load(self.model)
         self.traffic = Traffic()
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
         dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
@@ -74,16 +71,27 @@ class ParallelEngine:
         levels = dispatch_levels(self.config, self.mesh, ranks_per_node, self.traffic)
         return AllToAllDispatcher(levels, fp8)
 
+    def is_first_holder(self, name: str) -> bool:
+        """Return whether this rank is the first of those that hold a dense parameter or buffer."""
+        owners = owning_ranks(name, self.config, self.stages_by_rank)
+        return self.mesh.data_rank == 0 and self.mesh.pp_rank == owners[0]
+
     # ── A step ──
 
+    def global_loss_weight(self, rows: RowBatch) -> int:
+        """Return the weight of a global batch from the rows of each pipeline."""
+        own = self.pipeline.objective.loss_weight(rows)
+        return round(self.all_reduce_sum(own)[0]) // self.mesh.pp
+
     def train_step(
-        self, rows: RowBatch | Tensor, recipe: TrainingRecipe, lr: float, gamma: float,
+        self, rows: LocalRows | RowBatch | Tensor, recipe: TrainingRecipe, lr: float, gamma: float,
         mtp_weight: float, limit: float = math.inf,
     ) -> StepStats:  # fmt: skip
         """Run `train_step` of chapter 07 on the rows of a global batch.
 
-        rows: with what the objective needs beside the tokens, or only the tokens. gamma: the update
-        rate of the gates' biases. limit: the update is skipped if the gradient norm exceeds it.
+        rows: with what the objective needs beside the tokens, or only the tokens; or those of this
+        pipeline. gamma: the update rate of the gates' biases. limit: the update is skipped if the
+        gradient norm exceeds it.
         """
         if recipe.balance_loss_scope != "sequence":
             raise UserError(

@@ -117,7 +117,7 @@ class MeshLayout:
 
 
 class Mesh(MeshLayout):
-    """The coordinates of this rank and its process groups. Rank 0 reads the data for all.
+    """The coordinates of this rank and its process groups.
 
     Each rank creates only the groups to which it belongs, in the order of `MeshLayout`, and opens
     their communicators at once. NCCL would open them at the first use, which blocks the host until
@@ -197,16 +197,6 @@ class Mesh(MeshLayout):
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Take the maximum of x over all ranks in place and return it."""
         dist.all_reduce(x, dist.ReduceOp.MAX)
-        return x
-
-    def broadcast_from_rank0(
-        self, x: Tensor | None, shape: tuple[int, ...] = (), dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Return rank 0's x on every rank; the others pass None, and its shape and dtype."""
-        if x is None:
-            x = torch.empty(shape, dtype=dtype, device=self.device)
-        x = x.to(self.device)
-        dist.broadcast(x, 0)
         return x
 
 

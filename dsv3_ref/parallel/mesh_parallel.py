@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,14 +18,15 @@ from dsv3_ref.checkpoints.layout import STATE
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import Precision
-from dsv3_ref.parallel.build import local_experts_of
 from dsv3_ref.parallel.data_parallel import (
-    any_rank_should_stop,
     broadcast_object_from_rank0,
+    call_on_ranks,
     find_damage_on_ranks,
+    largest_on_ranks,
 )
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
+from dsv3_ref.parallel.rows import LocalRows, PrefetchingLoader
 from dsv3_ref.parallel.watchdog import collective_timeout, track_operation
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.ema import EMA
@@ -37,19 +39,21 @@ from dsv3_ref.training.strategy import (
     state_dtype,
     use_precision,
 )
-from dsv3_ref.training.task import Data, RowTask, Task
+from dsv3_ref.training.task import Data, RowLoader, RowTask, Task
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
+
+READER_FAILED = 1 << 16  # in place of the number of a signal
 
 
 class MeshParallel:
     """A strategy on a mesh (pp × dp × ep) that shards stages, experts and optimizer states.
 
-    Rank 0 reads the data and sends each global batch to all ranks, which select their rows.
+    Every rank reads the rows of its pipeline.
     """
 
-    dp_size, saves_async = 1, True  # all ranks receive the global batch
+    dp_size, saves_async = 1, True
 
     def __init__(self, config: TrainConfig, device: torch.device):
         sizes = resolve_parallel_dims(
@@ -57,6 +61,8 @@ class MeshParallel:
         )
         self.config, self.device = config, device
         self.mesh = Mesh(*sizes, device, collective_timeout(config.hang_timeout))
+        self.cpu_group = dist.new_group(timeout=self.mesh.timeout, backend="gloo")
+        self.rows_are_ready = False  # all ranks have read the rows of the next step
         self.is_main = dist.get_rank() == 0
 
     @property
@@ -73,16 +79,14 @@ class MeshParallel:
     # ── Data and model ──
 
     def build_data(self, build: Callable[[], Data]) -> Data:
-        """Build the data on rank 0; the other ranks receive it without the loader."""
-        data: Data | None = None
-
-        def build_on_rank0() -> Data:
-            nonlocal data
-            data = build()
-            return data.without_loader()
-
-        shared = broadcast_object_from_rank0(build_on_rank0)
-        return data or shared
+        """Build the data on every rank; the first one fills the caches that the others use."""
+        is_first = self.mesh.rank == 0
+        first = call_on_ranks(lambda: build() if is_first else None)
+        data = call_on_ranks(lambda: first or build())
+        self.rows = PrefetchingLoader(
+            cast(RowLoader, data.loader), self.mesh.data_rank, self.mesh.data_size, self.cpu_group
+        )
+        return replace(data, loader=self.rows)
 
     def build_model(self, task: Task, init: Path | None) -> None:
         """Build this rank's part of the model and its optimizer; load its weights from `init`."""
@@ -90,18 +94,24 @@ class MeshParallel:
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
-
-        def load(model: Transformer) -> None:
-            if init:
-                native.load_into(model, init, partial(local_experts_of, self.mesh), config.verify)
-
         self.engine = ParallelEngine(
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
-            config.token_dispatcher == "deepep", task.objective, self.precision, load,
+            config.token_dispatcher == "deepep", task.objective, self.precision,
         )  # fmt: skip
+        if init:
+            self.load_weights(init)
         self.model, self.optimizer = self.engine.model, self.engine.optimizer.adamw
-        self.checkpointer = sharded.AsyncCheckpointer()
+        self.checkpointer = sharded.AsyncCheckpointer(self.cpu_group)
+
+    def load_weights(self, init: Path) -> None:
+        """Load weights: each rank reads its slices of the masters, then all exchange them."""
+        targets = sharded.weight_ranges(self.engine)
+        native.newest_whole(
+            init, partial(native.fill_weights, targets), self.config.verify, self.mesh.rank,
+            self.mesh.world, call_on_ranks,
+        )  # fmt: skip
+        self.engine.optimizer.gather_weights()
 
     @property
     def precision(self) -> Precision:
@@ -125,12 +135,29 @@ class MeshParallel:
     def begin_step(self, step: int) -> None:
         """Do nothing: all ranks draw the same random numbers, which need no seed per step."""
 
-    def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
-        """Return rank 0's rows on every rank."""
-        with track_operation(f"rows of step {step}", range(self.mesh.world)):
-            return self.mesh.broadcast_from_rank0(rows, shape, torch.int64)
+    def next_rows(self, run: "Run", n: int) -> LocalRows:
+        """Return this pipeline's part of the next n rows of the data.
 
-    def train_step(self, run: "Run", batch: Tensor, hyperparams: StepHyperparams) -> StepStats:
+        End all ranks if one cannot read its rows.
+        """
+        sizes = run.data.batch_size_schedule[run.state.step :]
+        with track_operation(f"rows of step {run.state.step + 1}", range(self.mesh.world)):
+            is_stale = self.rows.prefetch(sizes)
+            if is_stale or not self.rows_are_ready:
+                call_on_ranks(self.raise_failure)
+        rows_bs = self.rows.next_part(sizes)
+        self.rows.prefetch(sizes[1:])
+        self.rows_are_ready = False
+        rows = RowBatch(rows_bs.to(self.device))
+        return LocalRows(rows, n, self.engine.global_loss_weight(rows))
+
+    def raise_failure(self) -> None:
+        """Raise the error with which this rank could not read its next rows."""
+        failure = self.rows.failure()
+        if failure:
+            raise failure
+
+    def train_step(self, run: "Run", batch: LocalRows, hyperparams: StepHyperparams) -> StepStats:
         """Run a training step on the rows of a global batch."""
         return self.engine.train_step(batch, *hyperparams)
 
@@ -185,8 +212,18 @@ class MeshParallel:
         return values
 
     def should_stop(self, signals: list[int]) -> bool:
-        """Return whether any rank has received a signal."""
-        return any_rank_should_stop(signals, self.device)
+        """Return whether any rank has received a signal.
+
+        End all ranks if one cannot read the rows of the next step.
+        """
+        own = READER_FAILED if self.rows.failure() else max(signals, default=0)
+        largest = largest_on_ranks(own, self.device)
+        if largest == READER_FAILED:
+            call_on_ranks(self.raise_failure)
+        self.rows_are_ready = True
+        if largest and not signals:
+            signals.append(largest)
+        return bool(largest)
 
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""
@@ -221,9 +258,9 @@ class MeshParallel:
         """Load this rank's part of a checkpoint; return the values and tensors saved with it."""
         if ema:
             ema.wait()  # its thread reads the weights
-        own = sharded.local_tensors(self.engine, ema)
-        native.fill_tensors(folder, own)
-        sharded.load_tensors(self.engine, own, ema)
+        own = sharded.held_ranges(self.engine, ema)
+        call_on_ranks(partial(native.fill_tensors, folder, own))
+        self.engine.optimizer.gather_weights()
         values = read_json(folder / STATE)
         self.engine.optimizer.step_count = values["optimizer_steps"]
         if ema:

@@ -22,6 +22,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import residual_dtype
 from dsv3_ref.parallel.build import count_stages
 from dsv3_ref.parallel.mesh import Mesh
+from dsv3_ref.parallel.rows import LocalRows
 from dsv3_ref.parallel.stage import (
     LossStats,
     LossWeights,
@@ -213,21 +214,25 @@ class Pipeline:
 
     # ── Rows ──
 
-    def split(self, batch: RowBatch) -> list[RowBatch]:
-        """Return this pipeline's micro-batches of a global batch.
+    def split(self, batch: RowBatch | LocalRows) -> list[RowBatch]:
+        """Return this pipeline's micro-batches of a global batch, or of its own rows of one.
 
         All pipelines have equally many; if there are too few rows, some are empty.
         """
         rows_per_pipeline = ceil_div(len(batch), self.mesh.data_size)
         size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
         n = ceil_div(rows_per_pipeline, size)
-        own = batch.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
+        if isinstance(batch, LocalRows):
+            own = batch.rows
+        else:
+            own = batch.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
         return own.tensor_split(min_microbatches(self.schedule_name, self.mesh.pp, n))
 
-    def shares(self, batch: RowBatch, microbatches: list[RowBatch]) -> list[float]:
-        """Return each micro-batch's fraction of the weight of the batch."""
-        whole = max(1, self.objective.loss_weight(batch))
-        return [self.objective.loss_weight(part) / whole for part in microbatches]
+    def shares(self, batch: RowBatch | LocalRows, microbatches: list[RowBatch]) -> list[float]:
+        """Return each micro-batch's fraction of the weight of the global batch."""
+        is_local = isinstance(batch, LocalRows)
+        whole = batch.weight if is_local else self.objective.loss_weight(batch)
+        return [self.objective.loss_weight(part) / max(1, whole) for part in microbatches]
 
     # ── A batch ──
 

@@ -7,11 +7,12 @@ other shards.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.config import Config
 from dsv3_ref.optim import AdamW, TrainingRecipe
 from dsv3_ref.parallel.bucket import (
@@ -106,6 +107,21 @@ class ZeroOptimizer:
     def masters(self) -> dict[str, Tensor]:
         """Return this rank's shards of the master weights, by the number of the bucket."""
         return {str(i): b.shard for i, b in enumerate(self.buckets)}
+
+    def ranges(
+        self, more: Mapping[str, Mapping[str, Tensor]], once: bool
+    ) -> Iterator[tuple[str, str, FlatRange]]:
+        """Yield (kind, name of a parameter, range) of masters ("model"), moments and `more`.
+
+        more: further shards by kind, each with the names of `masters`. once: only what no other
+        rank yields too.
+        """
+        for i, bucket in enumerate(self.buckets):
+            others = {kind: shards[str(i)] for kind, shards in more.items()}
+            shards = {"model": bucket.shard.detach(), **self.moments(bucket), **others}
+            for kind, shard in shards.items():
+                for name, part in bucket.ranges(shard, once):
+                    yield kind, name, part
 
     @property
     def step_count(self) -> int:

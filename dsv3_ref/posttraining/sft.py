@@ -34,10 +34,10 @@ from dsv3_ref.training.task import (
     SAMPLE_TEMPERATURE,
     SAMPLE_TOKENS,
     BalanceLossScope,
+    Batch,
     Data,
     evaluate_other_sources,
     find_chat_template,
-    next_rows,
     split_rows,
     summarize_rows,
     validate_rows,
@@ -60,6 +60,7 @@ class SFTConfig(TrainConfig):
     """passes over the conversations, unless --steps is given"""
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
     streaming: Annotated[bool, tyro.conf.Suppress] = False
+    data_streams: Annotated[int, tyro.conf.Suppress] = 1
 
     COMMAND: ClassVar[str] = "sft"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = SFT_RECIPES
@@ -124,11 +125,11 @@ class SFTTask:
     def prepare(self, run: Run) -> None:
         """Do nothing: the rows say which tokens count."""
 
-    def next_batch(self, run: Run, n: int) -> torch.Tensor:
+    def next_batch(self, run: Run, n: int) -> Batch:
         """Return this process's part of the next n rows of T + 1 tokens."""
-        return next_rows(run, n)
+        return run.strategy.next_rows(run, n)
 
-    def minibatches(self, run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
+    def minibatches(self, run: Run, batch: Batch) -> list[Batch]:
         """Return the batch as one minibatch: it takes one optimizer step."""
         return [batch]
 
@@ -146,9 +147,9 @@ class SFTTask:
         """Return the number of loss tokens: those of answers."""
         return num_loss_tokens(micro_batch)
 
-    def num_tokens(self, batch: torch.Tensor) -> int:
+    def num_tokens(self, batch: Batch) -> int:
         """Return the number of tokens that the model reads, padding included."""
-        return batch[:, 1:].numel()
+        return len(batch) * self.config.recipe.seq_len
 
     def nll(self, model: Transformer, rows_bs: torch.Tensor) -> float:
         """Return Σ −log p of the answers' tokens, in nats."""

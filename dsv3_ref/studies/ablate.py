@@ -18,6 +18,7 @@ from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.config import TINY, Config, UserError, count_params, load_config
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import PackedDataLoader, val_windows
+from dsv3_ref.data.streams import StreamLoader
 from dsv3_ref.mla import GQA
 from dsv3_ref.model import Transformer, init_weights
 from dsv3_ref.moe import max_vio
@@ -244,8 +245,8 @@ def measure_infilling(run: Run, batches: int) -> dict:
         texts += rng.sample(source.val_texts, min(per_source, len(source.val_texts)))
     rng = random.Random(0)
     cuts = [cut for text in texts if (cut := fim(text, rng, 1.0))]
-    loader = run.data.loader
-    assert isinstance(loader, PackedDataLoader)
+    assert isinstance(run.data.loader, StreamLoader)
+    loader = run.data.loader.streams[0]
     results: dict[str, float] = {}
     for name, build_prompt in {"psm": psm_prompt, "left": left_to_right_prompt}.items():
         scores = [score_middle(run, *build_prompt(loader, *cut)) for cut in cuts]

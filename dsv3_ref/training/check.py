@@ -71,10 +71,7 @@ def check_model(folder: Path) -> tuple[str | None, str]:
     """Compare a model with its manifest, or without one with its config and index."""
     try:
         verify(folder, by_sha256=True)
-        if is_sharded(folder):
-            n_tensors = len(read_table(folder).state_dict_metadata)
-        else:
-            n_tensors = check_tensors(folder)
+        n_tensors = len(read_table(folder)) if is_sharded(folder) else check_tensors(folder)
     except UserError as e:
         return str(e), ""
     how = f"as {MANIFEST} says" if has_manifest(folder) else "by shapes and sizes; no checksums"

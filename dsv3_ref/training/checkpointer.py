@@ -45,11 +45,9 @@ class Checkpointer:
         state, task = self.run.state, self.run.task
         if state.ema:
             state.ema.wait()
-        values: dict[str, Any] = {}
-        tensors: dict[str, Tensor] = {}
+        values, tensors = split_tensors(state.state_dict())  # collective: every rank reads data
         if self.strategy.is_main:
             atomic.fsync_path(self.run_dir / METRICS)
-            values, tensors = split_tensors(state.state_dict())
             monitored = {"name": task.monitor, "mode": task.monitor_mode}
             values["monitored"] = None
             if is_planned:

@@ -1,8 +1,9 @@
 """`dsv3 extend`: extend the context length of a trained model, in two phases (chapter 13)."""
 
 import argparse
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from dsv3_ref.long_context import Needle, build_needle, extend_config, insert_ne
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.state import Run
-from dsv3_ref.training.task import Data, Loader, PretrainTask
+from dsv3_ref.training.task import Data, PretrainTask, RowLoader
 
 
 @dataclass(frozen=True)
@@ -63,31 +64,49 @@ class ExtendConfig(TrainConfig):
 
 
 class NeedleLoader:
-    """Rows of another loader, a fraction of which hide a pass key and ask for it."""
+    """Rows of another loader, a fraction of which hide a pass key and ask for it.
 
-    def __init__(self, loader: Loader, needle: Needle, fraction: float, seed: int):
+    The random numbers of a row are a function of the seed and the row's number.
+    """
+
+    def __init__(self, loader: RowLoader, needle: Needle, fraction: float, seed: int):
         self.loader = loader
         self.needle = needle
-        self.fraction = fraction
-        self.rng = np.random.default_rng([seed, 13])
+        self.fraction, self.seed = fraction, seed
+        self.num_rows = 0  # drawn so far
 
     def next_batch(self, n: int) -> torch.Tensor:
-        """Return n rows, (n, length), int64."""
-        has_needle = self.rng.random(n) < self.fraction
-        rows = self.loader.next_batch(n).tolist()
-        for i in range(n):
-            if has_needle[i]:
-                rows[i] = insert_needle(rows[i], self.needle, self.rng)
-        return torch.tensor(rows)
+        """Return the next n rows, (n, length), int64."""
+        return self.next_part(n, 0, n)
+
+    def next_part(self, n: int, begin: int, end: int) -> torch.Tensor:
+        """Return rows begin … end − 1 of the next n rows, (end − begin, length), int64."""
+        rows_bs = self.loader.next_part(n, begin, end)
+        for i in range(len(rows_bs)):
+            rng = np.random.default_rng([self.seed, 13, self.num_rows + begin + i])
+            if rng.random() < self.fraction:
+                rows_bs[i] = torch.tensor(insert_needle(rows_bs[i].tolist(), self.needle, rng))
+        self.num_rows += n
+        return rows_bs
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that returns the present state."""
+        num_rows, inner = self.num_rows, self.loader.snapshot()
+        return lambda: inner() | {"num_rows": num_rows}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's state and that of the random numbers."""
-        return self.loader.state_dict() | {"needles": self.rng.bit_generator.state}
+        """Return the loader's state and the number of rows drawn."""
+        return self.snapshot()()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        self.rng.bit_generator.state = state["needles"]
+        self.num_rows = state["num_rows"]
         self.loader.load_state_dict(state)
+
+    def merge_states(self, states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of all rows from those of several readers."""
+        states = list(states)
+        return self.loader.merge_states(states) | {"num_rows": states[0]["num_rows"]}
 
 
 class ExtendTask(PretrainTask):
@@ -100,13 +119,13 @@ class ExtendTask(PretrainTask):
         data = super().build_data()
         data.val = {name: self.first_rows(batches) for name, batches in data.val.items()}
         if self.config.needles:
-            assert data.loader is not None, "PretrainTask.build_data returns a loader"
+            loader = cast(RowLoader, data.loader)  # of PretrainTask.build_data
 
             def encode(text: str) -> list[int]:
                 return data.tokenizer.encode(text, add_special_tokens=False).ids
 
             data.loader = NeedleLoader(
-                data.loader, build_needle(encode), self.config.needles, self.config.seed
+                loader, build_needle(encode), self.config.needles, self.config.seed
             )
         return data
 

@@ -69,6 +69,9 @@ class TrainConfig:
     Hugging Face hub, name#column for another column, or shards of `dsv3 data prepare`"""
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
+    data_streams: int = 1
+    """independent streams of documents, with the same rows on every mesh; if dp × ep divides it,
+    each data-parallel index reads only its own rows, else also those of others"""
     tokenizer: Annotated[Path | None, shown_default("train one on the data, once")] = None
     """folder with a tokenizer.json"""
     fim_rate: float = 0.1
@@ -205,6 +208,7 @@ def common_rules(args: TrainConfig) -> list[Rule]:
         ),
         (0 < r.batch_rampup_frac <= 1, "--batch-rampup-frac must be above 0 and at most 1"),
         (r.decay_start < r.decay_end, "--decay-start must be below --decay-end"),
+        (args.data_streams >= 1, "--data-streams must be at least 1"),
         (0 <= args.fim_rate <= 1, "--fim-rate must be a fraction from 0 to 1"),
         (
             min(args.keep_latest_k, args.val_sequences) >= 1,

@@ -16,6 +16,8 @@ from dsv3_ref import ops
 from dsv3_ref.checkpoints import manifest, native
 from dsv3_ref.checkpoints.atomic import atomic_dir, read_json
 from dsv3_ref.checkpoints.layout import STATE, TENSORS
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
+from dsv3_ref.checkpoints.storage import whole_ranges
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
@@ -80,7 +82,7 @@ class Strategy(Protocol):
         """The device or devices, for the start message."""
 
     def build_data(self, build: Callable[[], Data]) -> Data:
-        """Call build() on the ranks that read the data; return on each rank its part."""
+        """Return the value of build() on every rank, with a loader of this rank's part."""
 
     def build_model(self, task: Task, init: Path | None) -> None:
         """Build model and optimizer of a task; with `init`, load the model's weights."""
@@ -91,8 +93,8 @@ class Strategy(Protocol):
     def begin_step(self, step: int) -> None:
         """Prepare this process for a step."""
 
-    def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
-        """Return a batch of rows on the device; `rows` is None on ranks that do not read."""
+    def next_rows(self, run: "Run", n: int) -> Batch:
+        """Return this process's part of the next n rows of the data, on the device."""
 
     def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Take one optimizer step on a minibatch of the run's task."""
@@ -255,10 +257,10 @@ class SingleProcess:
     def begin_step(self, step: int) -> None:
         """Do nothing: one process needs no preparation."""
 
-    def broadcast_rows(self, rows: Tensor | None, shape: tuple[int, int], step: int) -> Tensor:
-        """Return the rows on the device."""
-        assert rows is not None, "this process reads the data"
-        return rows.to(self.device)
+    def next_rows(self, run: "Run", n: int) -> Batch:
+        """Return the next n rows of the data, on the device."""
+        assert run.data.loader is not None, "the data has rows"
+        return run.data.loader.next_batch(n).to(self.device)
 
     def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Take one optimizer step on a minibatch of the run's task."""
@@ -358,9 +360,12 @@ class SingleProcess:
             ema.wait()  # its thread reads the weights
             ema.t = values["ema_t"]
         moments, steps = optimizer_tensors(self.model, self.optimizer)
-        targets = {f"model.{name}": x for name, x in self.model.state_dict().items()} | moments
+        whole = {f"model.{name}": x for name, x in self.model.state_dict().items()} | moments
         if ema:
-            targets |= {f"ema.{name}": x for name, x in ema.mean.items()}
+            whole |= {f"ema.{name}": x for name, x in ema.mean.items()}
+        targets: dict[str, FlatRange] = {}
+        for name, x in whole.items():
+            targets |= whole_ranges(name, x)
         with torch.no_grad():
             native.fill_tensors(folder, targets)
             tensors = native.read_other_tensors(folder, targets)

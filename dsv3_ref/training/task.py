@@ -6,8 +6,8 @@ A `Strategy` decides where it runs, and the loop in `training.loop` joins the tw
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -29,6 +29,7 @@ from dsv3_ref.data.loader import (
     val_windows,
 )
 from dsv3_ref.data.sources import Source, open_sources, stored_tokenizer
+from dsv3_ref.data.streams import StreamLoader
 from dsv3_ref.data.tokenizer import BOS, byte_lengths, load_tokenizer, vocab_size
 from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.decode import generate
@@ -64,9 +65,22 @@ class Loader(Protocol):
         """Continue exactly where `state_dict` was taken."""
 
 
+class RowLoader(Loader, Protocol):
+    """A stream of rows that several readers can share, each for its part of every batch."""
+
+    def next_part(self, n: int, begin: int, end: int) -> Tensor:
+        """Return rows begin … end − 1 of the next n rows; the others count as taken."""
+
+    def snapshot(self) -> Callable[[], dict[str, Any]]:
+        """Return a function that returns the present state; it is cheap until it is called."""
+
+    def merge_states(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of all rows from those of several readers."""
+
+
 @dataclass
 class Data:
-    """The data of a run; ranks that receive their rows from another have no loader or sources."""
+    """The data of a run."""
 
     names: list[str]  # sources or tasks; the first is the one that validation reports
     batch_size_schedule: list[int]  # rows of each step
@@ -79,10 +93,6 @@ class Data:
     loader: Loader | None = None
     sources: tuple[Source, ...] = ()
     fingerprints: tuple[dict[str, Any], ...] = ()  # of each source: name, documents, text hashes
-
-    def without_loader(self) -> "Data":
-        """Return the part for ranks that do not read the data themselves."""
-        return replace(self, loader=None, chat=None, sources=(), fingerprints=())
 
 
 class Task(Protocol):
@@ -205,13 +215,6 @@ def find_tokenizer(config: TrainConfig, sources: Sequence[Source] = ()) -> Token
     return tokenizer
 
 
-def next_rows(run: "Run", n: int) -> Tensor:
-    """Return the next n rows of T + 1 tokens; the rank with the loader draws them."""
-    rows_bs = run.data.loader.next_batch(n) if run.data.loader else None
-    shape = n, run.config.recipe.seq_len + 1
-    return run.strategy.broadcast_rows(rows_bs, shape, run.state.step + 1)
-
-
 def split_rows(rows_bs: Tensor, size: int) -> list[Tensor]:
     """Split rows into micro-batches of `size` rows; 0: one micro-batch."""
     return list(rows_bs.split(size or len(rows_bs)))
@@ -300,8 +303,19 @@ class PretrainTask:
             batch_size_schedule=get_batch_size_schedule(recipe, recipe.steps),
             val=val,
             token_bytes=torch.tensor(byte_lengths(tokenizer)),
-            loader=PackedDataLoader(
-                sources, tokenizer, recipe.seq_len + 1, config.seed, config.fim_rate
+            loader=StreamLoader(
+                [
+                    PackedDataLoader(
+                        sources,
+                        tokenizer,
+                        recipe.seq_len + 1,
+                        config.seed,
+                        config.fim_rate,
+                        stream=i,
+                        num_streams=config.data_streams,
+                    )
+                    for i in range(config.data_streams)
+                ]
             ),
             tokenizer=tokenizer,
             sources=tuple(sources),
@@ -311,11 +325,11 @@ class PretrainTask:
     def prepare(self, run: "Run") -> None:
         """Do nothing: pre-training needs nothing besides the model."""
 
-    def next_batch(self, run: "Run", n: int) -> Tensor:
-        """Return the next n rows of T + 1 tokens."""
-        return next_rows(run, n)
+    def next_batch(self, run: "Run", n: int) -> Batch:
+        """Return this process's part of the next n rows of T + 1 tokens."""
+        return run.strategy.next_rows(run, n)
 
-    def minibatches(self, run: "Run", batch: Tensor) -> list[Tensor]:
+    def minibatches(self, run: "Run", batch: Batch) -> list[Batch]:
         """Return the batch as one minibatch."""
         return [batch]
 
@@ -333,9 +347,9 @@ class PretrainTask:
         """Return the number of rows, which all have the same number of tokens."""
         return len(micro_batch)
 
-    def num_tokens(self, batch: Tensor) -> int:
+    def num_tokens(self, batch: Batch) -> int:
         """Return the number of predicted tokens."""
-        return batch[:, 1:].numel()
+        return len(batch) * self.config.recipe.seq_len
 
     def nll(self, model: Transformer, rows_bs: Tensor) -> float:
         """Return Σ −log p of all tokens but the first of each row, in nats."""

@@ -3,17 +3,23 @@
 import json
 import pickle
 from dataclasses import asdict
+from itertools import pairwise, zip_longest
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
 
-from dsv3_ref.checkpoints.sharded import consolidate, global_tensors
-from dsv3_ref.checkpoints.storage import SafetensorsWriter, read_into, read_table
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
+from dsv3_ref.checkpoints.sharded import consolidate
+from dsv3_ref.checkpoints.storage import (
+    ShardedFiles,
+    read_table,
+    split_experts,
+    whole_ranges,
+    write_ranges,
+    write_table,
+)
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 
@@ -29,12 +35,21 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+def ranges_of(state: dict[str, torch.Tensor]) -> dict[str, FlatRange]:
+    ranges: dict[str, FlatRange] = {}
+    for name, x in state.items():
+        ranges |= whole_ranges(name, x)
+    return ranges
+
+
 def save(folder, state):
-    dcp.save(state, storage_writer=SafetensorsWriter(folder), no_dist=True)
+    write_table(folder, [write_ranges(folder, "rank_00000.safetensors", ranges_of(state))])
 
 
 def read(folder, targets):
-    read_into(folder, targets, alone=True)
+    files = ShardedFiles(folder)
+    for name, part in ranges_of(targets).items():
+        files.fill(name, part)
     return targets
 
 
@@ -54,57 +69,54 @@ def test_some_tensors_are_enough(tmp_path):
                        want["layers.1.w"])  # fmt: skip
 
 
-def write_in_chunks(folder, x: torch.Tensor, cuts: list[int]) -> None:
-    """Write the tensor "x" as one chunk of rows per file, as ranks would that shard it."""
-    writer = SafetensorsWriter(folder)
-    bounds = [0, *cuts, len(x)]
-    table = {"dtype": "float32", "shape": list(x.shape), "chunks": []}
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        item = dcp.planner.WriteItem(
-            index=MetadataIndex("x", (start, 0)),
-            type=dcp.planner.WriteItemType.SHARD,
-            tensor_data=dcp.planner.TensorWriteData(
-                dcp.metadata.ChunkStorageMetadata(
-                    torch.Size([start, 0]), torch.Size([end - start, x.shape[1]])
-                ),
-                dcp.metadata.TensorProperties(dtype=x.dtype),
-                x.shape,
-            ),
-        )  # fmt: skip
-
-        class Planner:
-            def resolve_data(self, item, rows=x[start:end]):
-                return rows
-
-        [plan] = writer.prepare_global_plan([SavePlan([item])])
-        plan = SavePlan(plan.items, f"rank_{i:05}.safetensors")
-        writer.write_data(plan, Planner()).wait()
-        shape = [end - start, x.shape[1]]
-        table["chunks"].append([[start, 0], shape, plan.storage_data])
-    (folder / "tensors.json").write_text(json.dumps({"format": 1, "tensors": {"x": table}}))
+def cut(data, name: str, x: torch.Tensor, by_rank: int) -> list[dict[str, FlatRange]]:
+    """Cut a tensor (experts: a stack of them) into flat ranges, as ZeRO does."""
+    ends = data.draw(st.lists(st.integers(0, x.numel()), max_size=by_rank).map(sorted))
+    bounds = [0, *ends, x.numel()]
+    flat = x.view(-1)
+    return [
+        split_experts(name, FlatRange(x.shape, begin, flat[begin:end]))
+        for begin, end in pairwise(bounds)
+        if begin < end
+    ]
 
 
-@given(rows=st.integers(2, 9), data=st.data())
-def test_a_tensor_in_chunks_is_put_together(tmp_path_factory, rows, data):
-    folder = tmp_path_factory.mktemp("chunks")
-    x = torch.arange(rows * 3.0).reshape(rows, 3)
-    cuts = data.draw(st.sets(st.integers(1, rows - 1)).map(sorted))
-    write_in_chunks(folder, x, cuts)
-    assert torch.equal(read(folder, {"x": torch.zeros_like(x)})["x"], x)
+@given(rows=st.integers(1, 9), data=st.data())
+def test_a_tensor_in_flat_ranges_is_read_in_any_other_cut(tmp_path_factory, rows, data):
+    """The tables and files of ranks with any slices give the same tensor to ranks with others."""
+    folder = tmp_path_factory.mktemp("ranges")
+    state = {"x": torch.randn(rows, 3), "layers.0.experts.w1": torch.randn(4, 2, 3).bfloat16()}
+    parts: dict[str, list[dict[str, FlatRange]]] = {k: cut(data, k, x, 3) for k, x in state.items()}
+    reports = []
+    for rank, both in enumerate(zip_longest(*parts.values(), fillvalue={})):
+        own: dict[str, FlatRange] = {}
+        for ranges in both:
+            own |= ranges
+        reports.append(write_ranges(folder, f"rank_{rank:05}.safetensors", own))
+    write_table(folder, reports)
+    got = {name: torch.zeros_like(x) for name, x in state.items()}
+    files = ShardedFiles(folder)
+    for name, x in got.items():
+        for ranges in cut(data, name, x, 3):
+            for key, part in ranges.items():
+                files.fill(key, part)
+    for name, x in state.items():
+        assert torch.equal(got[name], x), name
 
 
 DAMAGED = {
-    "format": lambda t: t.update(format=2),
+    "format": lambda t: t.update(format=1),
     "no tensors": lambda t: t.pop("tensors"),
     "a list": lambda t: t.update(tensors=[1]),
     "dtype": lambda t: t["tensors"]["layers.0.w"].update(dtype="nn"),
     "negative": lambda t: t["tensors"]["layers.0.w"].update(shape=[-3, -4]),
     "a bool": lambda t: t["tensors"]["layers.1.w"].update(shape=[True]),
     "too small": lambda t: t["tensors"]["layers.0.w"].update(shape=[2, 4]),
-    "hole": lambda t: t["tensors"]["layers.0.w"].update(chunks=[]),
-    "outside": lambda t: t["tensors"]["layers.0.w"]["chunks"][0].__setitem__(2, "../x.safetensors"),
-    "absolute": lambda t: t["tensors"]["layers.0.w"]["chunks"][0].__setitem__(2, "/x.safetensors"),
-    "not a name": lambda t: t["tensors"]["layers.0.w"]["chunks"][0].__setitem__(2, 3),
+    "hole": lambda t: t["tensors"]["layers.0.w"].update(ranges=[]),
+    "twice": lambda t: t["tensors"]["layers.0.w"]["ranges"].append([0, 12, "x.safetensors"]),
+    "outside": lambda t: t["tensors"]["layers.0.w"]["ranges"][0].__setitem__(2, "../x.safetensors"),
+    "absolute": lambda t: t["tensors"]["layers.0.w"]["ranges"][0].__setitem__(2, "/x.safetensors"),
+    "not a name": lambda t: t["tensors"]["layers.0.w"]["ranges"][0].__setitem__(2, 3),
 }
 
 
@@ -121,7 +133,7 @@ def test_a_table_that_makes_no_sense_is_refused(tmp_path, how):
 def test_a_missing_file_is_named(tmp_path):
     save(tmp_path, tensors())
     (tmp_path / "rank_00000.safetensors").unlink()
-    with pytest.raises(UserError, match="rank_00000.safetensors is missing"):
+    with pytest.raises(UserError, match="rank_00000.safetensors is named in tensors.json but"):
         read(tmp_path, {"layers.1.w": torch.zeros(7).bfloat16()})
 
 
@@ -135,10 +147,7 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_a_config_without_end_fills_no_memory(tmp_path, micro, changes, words):
     model = Transformer(micro)
-    state: dict[str, torch.Tensor] = {}
-    for name, x in model.state_dict().items():
-        state |= global_tensors("model.", name, x, 0)
-    save(tmp_path, state)
+    save(tmp_path, {f"model.{name}": x for name, x in model.state_dict().items()})
     (tmp_path / "config.json").write_text(json.dumps(asdict(micro) | changes))
     if words:
         with pytest.raises(UserError, match=words):
