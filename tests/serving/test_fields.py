@@ -30,6 +30,7 @@ from dsv3_ref.serving.protocol import (
     response_head,
     stream_choices,
 )
+from dsv3_ref.serving.tool_calls import AnswerPart
 
 LIMITS = FieldLimits(max_model_len=256, max_n=16, vocab_size=400)
 COMPLETION, CHAT = completion_fields(LIMITS), chat_fields(LIMITS)
@@ -319,26 +320,43 @@ def test_logprobs_in_both_forms():
     assert entry == {k: v for k, v in ENTRY.items() if k != "text_offset"}
 
 
+def said(text: str) -> AnswerPart:
+    return AnswerPart(text, [])
+
+
 def test_choices_of_whole_answers_and_of_streams():
-    assert make_choice(asked(), 2, "a", [], "stop") == {
+    assert make_choice(asked(), 2, said("a"), [], "stop") == {
         "index": 2, "logprobs": None, "finish_reason": "stop", "text": "a"
     }  # fmt: skip
-    message = make_choice(asked(chat=True), 0, "a", [], "stop")["message"]
+    message = make_choice(asked(chat=True), 0, said("a"), [], "stop")["message"]
     assert message == {"role": "assistant", "content": "a", "refusal": None}
-    delta = make_choice(asked(chat=True, stream=True), 0, "a", [], "")
+    delta = make_choice(asked(chat=True, stream=True), 0, said("a"), [], "")
     assert delta["delta"] == {"content": "a"} and delta["finish_reason"] is None
 
 
 def test_pieces_of_a_stream():
     plain, chat = asked(stream=True), asked(chat=True, stream=True)
-    assert stream_choices(plain, 0, "", [], "") == stream_choices(chat, 0, "", [], "") == []
-    assert [c["finish_reason"] for c in stream_choices(plain, 0, "a", [], "stop")] == ["stop"]
-    assert [c["text"] for c in stream_choices(plain, 0, "", [], "stop")] == [""]
-    assert [c["finish_reason"] for c in stream_choices(chat, 0, "a", [], "stop")] == [None, "stop"]
-    (end,) = stream_choices(chat, 1, "", [ENTRY], "length")
+    assert (
+        stream_choices(plain, 0, said(""), [], "")
+        == stream_choices(chat, 0, said(""), [], "")
+        == []
+    )
+    assert [c["finish_reason"] for c in stream_choices(plain, 0, said("a"), [], "stop")] == ["stop"]
+    assert [c["text"] for c in stream_choices(plain, 0, said(""), [], "stop")] == [""]
+    assert [c["finish_reason"] for c in stream_choices(chat, 0, said("a"), [], "stop")] == [
+        None,
+        "stop",
+    ]
+    (end,) = stream_choices(chat, 1, said(""), [ENTRY], "length")
     assert end == {"index": 1, "logprobs": None, "finish_reason": "length", "delta": {}}
     told = asked(chat=True, stream=True, logprobs=True)
-    assert [c["logprobs"] is None for c in stream_choices(told, 0, "", [ENTRY], "")] == [False]
+    (told_choice,) = stream_choices(told, 0, said(""), [ENTRY], "")
+    assert told_choice["logprobs"] is not None
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    whole = make_choice(asked(chat=True), 0, AnswerPart("", [call]), [], "tool_calls")
+    assert whole["message"]["content"] is None and whole["message"]["tool_calls"] == [call]
+    (piece,) = stream_choices(chat, 0, AnswerPart("", [call]), [], "")
+    assert piece["delta"] == {"tool_calls": [call]} and piece["finish_reason"] is None
 
 
 @pytest.mark.parametrize(
