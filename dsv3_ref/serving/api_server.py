@@ -269,13 +269,13 @@ class Endpoints:
         head = response_head(request, request_id, service.name, service.fingerprint)
         if request.stream:
             events = sse_events(service, request, served, head)
-            return stream_response(events, lambda: service.engine_thread.abort(served))
+            return stream_response(events, lambda: service.close(request, served))
         try:
             answer = collect_response(service, request, served, head)
             body = await cancel_on_disconnect(http_request, answer)
             return json_response(body, 200 if body else 499)
         finally:
-            service.engine_thread.abort(served)
+            service.close(request, served)
 
     def health(self) -> "Response":
         """Return whether the server is ready (status 200), draining or failed (status 503)."""

@@ -83,7 +83,7 @@ def is_system(turn: Message) -> bool:
 
 
 def text_parts(content: object) -> list[Any]:
-    """Return a content as a list of parts; an empty one if it is neither a text nor parts."""
+    """Return a content as a list of parts; an empty one if it is neither a string nor parts."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return content if isinstance(content, list) else []

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from tokenizers import Tokenizer, decoders
@@ -118,6 +118,48 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return isinstance(tokenizer.decoder, decoders.ByteLevel)
 
 
+# ── Stop strings ──
+
+
+@lru_cache(1024)
+def border_lengths(text: str) -> list[int]:
+    """Return for each prefix of a text the length of its longest border.
+
+    A border is a shorter prefix that the prefix also ends with.
+    """
+    lengths = [0]
+    for i in range(1, len(text)):
+        n = lengths[-1]
+        while n and text[i] != text[n]:
+            n = lengths[n - 1]
+        lengths.append(n + (text[i] == text[n]))
+    return lengths
+
+
+class StopMatcher:
+    """The search for a stop string in a growing text, in time linear in the text (Knuth, Morris,
+    Pratt): a client chooses both."""
+
+    def __init__(self, stop: str):
+        self.stop = stop
+        self.borders = border_lengths(stop)
+        self.num_matched = 0  # characters of the stop string with which the text ends
+
+    def push(self, new: str) -> int | None:
+        """Append to the text; return where in `new` a complete stop string begins, None if nowhere.
+
+        The position is negative if it begins before `new`.
+        """
+        for i, char in enumerate(new, start=1):
+            n = self.num_matched
+            while n and char != self.stop[n]:
+                n = self.borders[n - 1]
+            self.num_matched = n + (char == self.stop[n])
+            if self.num_matched == len(self.stop):
+                return i - len(self.stop)
+        return None
+
+
 # ── A growing text ──
 
 
@@ -130,7 +172,7 @@ class StreamDetokenizer:
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
         decoder = ByteDecoder if is_byte_level(tokenizer) else WindowDecoder
         self.decoder: ByteDecoder | WindowDecoder = decoder(tokenizer)
-        self.stop = stop
+        self.matchers = [StopMatcher(s) for s in stop]
         self.withheld = ""  # complete characters that may begin a stop string
         self.num_emitted = 0  # characters
         self.start_of_token = 0  # characters before the one in which the last token begins
@@ -161,24 +203,16 @@ class StreamDetokenizer:
         if self.ended:
             return ""
         text = self.withheld + new
-        stops = [i for s in self.stop if (i := text.find(s)) >= 0]
-        if stops:
+        starts = [start for matcher in self.matchers if (start := matcher.push(new)) is not None]
+        if starts:
             self.ended = True
-            end = min(stops)
+            end = len(self.withheld) + min(starts)
         else:
-            end = len(text) - (0 if is_last else partial_stop_length(text, self.stop))
+            partial = max((matcher.num_matched for matcher in self.matchers), default=0)
+            end = len(text) - (0 if is_last else partial)
         self.withheld = "" if self.ended else text[end:]
         self.num_emitted += end
         return text[:end]
-
-
-def partial_stop_length(text: str, stop: tuple[str, ...]) -> int:
-    """Return the length of the longest suffix of `text` that may begin a stop string."""
-    longest = 0
-    for s in stop:
-        lengths = (n for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
-        longest = max(longest, *lengths, 0)
-    return longest
 
 
 # ── One token ──

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
 import uvicorn
@@ -200,6 +200,21 @@ def phase_start(connection: LimitedProtocol) -> float:
     return connection.phase_start
 
 
+def limited_options(limits: ConnectionLimits) -> dict[str, Any]:
+    """Return the options of `uvicorn.Config` that limit connections, as far as descriptors do."""
+    max_connections, backlog = descriptor_limits(limits.max_connections)
+    fitted = replace(limits, max_connections=max_connections)
+
+    class Protocol(LimitedProtocol):
+        limits = fitted
+
+    return {
+        "http": Protocol, "ws": "none", "backlog": backlog, "log_level": "critical",
+        "timeout_keep_alive": math.ceil(limits.idle), "h11_max_incomplete_event_size": 1 << 16,
+        "proxy_headers": False, "server_header": False, "access_log": False,
+    }  # fmt: skip
+
+
 # ── The server ──
 
 
@@ -215,18 +230,8 @@ class ApiServer(uvicorn.Server):
         self, app: "ASGIApp", limits: ConnectionLimits, grace: float,
         on_drain: Callable[[], None], is_failed: Callable[[], bool], linger: float,
     ):  # fmt: skip
-        max_connections, backlog = descriptor_limits(limits.max_connections)
-        fitted = replace(limits, max_connections=max_connections)
-
-        class Protocol(LimitedProtocol):
-            limits = fitted
-
-        config = uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", loop="asyncio", access_log=False,
-            log_level="critical", proxy_headers=False, server_header=False, backlog=backlog,
-            timeout_keep_alive=math.ceil(limits.idle), h11_max_incomplete_event_size=1 << 16,
-        )  # fmt: skip
-        super().__init__(config)
+        options = limited_options(limits)
+        super().__init__(uvicorn.Config(app, lifespan="off", loop="asyncio", **options))
         self.grace = grace
         self.on_drain = on_drain
         self.is_failed = is_failed

@@ -1,6 +1,7 @@
 """Reading the JSON of a request, strictly, and without stopping other threads for long."""
 
 import json
+from collections import Counter
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]  # not in its stubs
 from typing import Any
 
@@ -22,8 +23,7 @@ def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object; raise a `UserError` for a name that occurs twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        name = next(name for name in names if names.count(name) > 1)
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise UserError(f"the field {json.dumps(name)[:60]} occurs twice: leave one of them out")
     return fields
 

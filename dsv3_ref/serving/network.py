@@ -96,6 +96,25 @@ def host_of(header: str) -> str:
     return host.rstrip(".") if is_valid else ""
 
 
+OriginRule = Callable[[str, str], bool]
+
+
+def origin_rule(allowed_hosts: Sequence[str] = ()) -> OriginRule:
+    """Return a function that tells whether a page of an origin may use a server at a host.
+
+    Only the server's own pages may, and those of `allowed_hosts`, behind a reverse proxy that
+    changes the Host header: a browser sends a user's password to a server for foreign pages, too.
+    """
+    names = {name.lower().rstrip(".") for name in allowed_hosts}
+
+    def is_allowed(origin: str, host: str) -> bool:
+        scheme, _, place = origin.lower().partition("://")
+        is_own = place == host.strip().lower() or host_of(place) in names
+        return scheme in ("http", "https") and is_own
+
+    return is_allowed
+
+
 # ── API keys ──
 
 
@@ -143,11 +162,13 @@ def password_of(credentials: bytes) -> bytes:
 
 
 def guard_app(
-    app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys, open_paths: Sequence[str] = OPEN_PATHS
-) -> "ASGIApp":
+    app: "ASGIApp", is_allowed: HostRule, keys: ApiKeys, open_paths: Sequence[str] = OPEN_PATHS,
+    is_own_page: OriginRule | None = None,
+) -> "ASGIApp":  # fmt: skip
     """Return an ASGI app that refuses requests with a foreign Host header or without a valid key.
 
-    The client's cache salt is passed on in the scope. open_paths: need no key.
+    The client's cache salt is passed on in the scope. open_paths: need no key. is_own_page: refuses
+    requests of foreign pages, which an app may fail to do.
     """
 
     async def guarded(scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -156,10 +177,17 @@ def guard_app(
         if scope["type"] != "http":
             return  # websockets are not served
         headers = dict(scope["headers"])
+        if {b"content-length", b"transfer-encoding"} <= set(headers):
+            await refuse(send, 400, "a body has one length: leave out Content-Length")
+            return  # a proxy may see two requests where this server sees one
         host = headers.get(b"host", b"").decode("latin-1")
         if not is_allowed(host):
             message = f"the host {host[:80]!r} is not allowed: see --allowed-hosts"
             await refuse(send, 403, message)
+            return
+        origins = [v.decode("latin-1") for k, v in scope["headers"] if k == b"origin"]
+        if is_own_page and not all(is_own_page(origin, host) for origin in origins):
+            await refuse(send, 403, f"pages of {origins[0][:80]!r} may not use this server")
             return
         salt = keys.salt(headers.get(b"authorization", b""))
         if salt is None and scope["path"] not in open_paths:

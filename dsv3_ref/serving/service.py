@@ -20,11 +20,20 @@ from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, check_tokens
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining.policy import Policy
+from dsv3_ref.serve import QueueFull
 from dsv3_ref.serving.config import ServeConfig, build_engine, validate_serve_config
 from dsv3_ref.serving.conversation import continues_answer, render_messages
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.engine_thread import EngineThread
-from dsv3_ref.serving.fields import MAX_SEED, InvalidField, JSONObject, are_token_ids, parse_fields
+from dsv3_ref.serving.fields import (
+    MAX_LISTED,
+    MAX_LISTED_AT_ONCE,
+    MAX_SEED,
+    InvalidField,
+    JSONObject,
+    are_token_ids,
+    parse_fields,
+)
 from dsv3_ref.serving.json_body import parse_json
 from dsv3_ref.serving.output_processor import CompletionPiece, ServedRequest
 from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
@@ -81,6 +90,7 @@ class Service:
         self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
         self.is_draining = False
         self.requests: Counter[int] = Counter()  # by HTTP status
+        self.num_listed = 0  # log-probabilities of requests that have not been answered
 
     def __enter__(self) -> "Service":
         num_workers = self.args.prefill_workers
@@ -154,7 +164,23 @@ class Service:
         is_new_answer = chat and not continues_answer(values)
         opening = self.chat.opened_thought(prompts[0]) if is_new_answer else ""
         marks = self.find_call_marks(values)
-        return replace(request, prompts=prompts, call_marks=marks, opening=opening)
+        request = replace(request, prompts=prompts, call_marks=marks, opening=opening)
+        if (num_listed := self.count_listed(request)) > MAX_LISTED:
+            raise InvalidField(
+                "logprobs",
+                f"{num_listed} log-probabilities are more than the {MAX_LISTED} allowed per "
+                "response: ask for fewer alternatives, tokens or completions",
+            )
+        return request
+
+    def count_listed(self, request: CompletionRequest) -> int:
+        """Return how many log-probabilities the completions of a request may list."""
+        if request.num_logprobs < 0 and request.best_of == request.n:
+            return 0
+        new = self.args.max_new_tokens if request.max_tokens is None else request.max_tokens
+        prompt = sum(map(len, request.prompts)) if request.echo else 0
+        num_tokens = request.best_of * (prompt + new * len(request.prompts))
+        return num_tokens * (1 + max(0, request.num_logprobs))
 
     def find_call_marks(self, values: JSONObject) -> CallMarks | None:
         """Return the marks of the calls to parse; None if a request has no tools to call.
@@ -277,11 +303,14 @@ class Service:
     def submit(self, request: CompletionRequest, cache_salt: bytes = b"") -> list[ServedRequest]:
         """Queue one engine request per completion and return them.
 
-        Raises an `HTTPError` if the engine has failed or the server is draining, and what
-        `Scheduler.submit` raises.
+        Call `close` at the end. Raises an `HTTPError` if the engine has failed or the server is
+        draining, `QueueFull` if unsent responses list too much, and what `Scheduler.submit` raises.
         """
         if self.is_draining:
             raise HTTPError(503, DRAINING)
+        num_listed = self.count_listed(request)
+        if self.num_listed + num_listed > MAX_LISTED_AT_ONCE:
+            raise QueueFull
         sink: asyncio.Queue[CompletionPiece] = asyncio.Queue()
         served = [
             self.make_served_request(request, index, sink, cache_salt)
@@ -290,7 +319,13 @@ class Service:
         self.engine_thread.submit(served)
         if self.has_failed():  # checked after `submit`: a failing engine ends what it sees
             raise HTTPError(503, ENGINE_FAILED)
+        self.num_listed += num_listed
         return served
+
+    def close(self, request: CompletionRequest, served: list[ServedRequest]) -> None:
+        """Abort what still runs of a request that has been answered or whose client has left."""
+        self.engine_thread.abort(served)
+        self.num_listed -= self.count_listed(request)
 
     def make_served_request(
         self, request: CompletionRequest, index: int, sink: asyncio.Queue[CompletionPiece],

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
@@ -47,6 +47,13 @@ def pipeline_steps(component: Any) -> list[dict]:
     return steps
 
 
+def run_job(job: list[Callable[[], Tokens]]) -> Tokens:
+    """Return the result of the function in a list; raise `CancelledError` if the list is empty."""
+    if not job:
+        raise CancelledError
+    return job.pop()()
+
+
 class TokenizePool:
     """Two threads that read and tokenize the bodies of requests: one for small ones, one for large.
 
@@ -81,20 +88,25 @@ class TokenizePool:
     async def run(self, num_bytes: int, fn: Callable[[], Tokens]) -> Tokens:
         """Return fn(), which reads a body of `num_bytes`, from one of the threads.
 
-        Raises `QueueFull` if too many bodies wait already.
+        Raises `QueueFull` if too many bodies wait already. If the caller is cancelled, the body is
+        dropped at once, but its place in the queue is free only when the thread comes to it.
         """
         with self.lock:
             if self.num_pending >= self.max_queue:
                 raise QueueFull
             self.num_pending += 1
         pool = self.large if num_bytes > SMALL_BODY_BYTES else self.small
+        job = [fn]  # empty once the result is no longer awaited
         try:
-            future = pool.submit(fn)
+            future = pool.submit(run_job, job)
         except RuntimeError:  # the pool has been stopped
             self.forget()
             raise
         future.add_done_callback(self.forget)
-        return await asyncio.wrap_future(future)
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        finally:
+            job.clear()
 
     def forget(self, _: object = None) -> None:
         """Count a body as read; called by the thread that has read it."""

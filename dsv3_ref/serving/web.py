@@ -21,7 +21,14 @@ from dsv3_ref.config import UserError
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig, api_keys
-from dsv3_ref.serving.network import ApiKeys, bind_socket, guard_app, host_rule, is_loopback
+from dsv3_ref.serving.network import (
+    ApiKeys,
+    bind_socket,
+    guard_app,
+    host_rule,
+    is_loopback,
+    origin_rule,
+)
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
@@ -453,7 +460,8 @@ def serve_web_chat(args: ChatConfig) -> None:
     keys = ApiKeys(api_keys(args), is_password=True)
     listener = bind_socket(args.host, args.port)
     app = build_web_app(TextGenerator(args))
-    app = guard_app(app, host_rule(listener, args.allowed_hosts), keys, open_paths=())
+    rules = host_rule(listener, args.allowed_hosts), origin_rule(args.allowed_hosts)
+    app = guard_app(app, rules[0], keys, (), rules[1])
     if not (is_loopback(args.host) or keys.digests):
         sentence = "warning: this page is reachable from the network without authentication"
         print(sentence, file=sys.stderr)
@@ -482,8 +490,10 @@ def make_web_server(app: "ASGIApp") -> "uvicorn.Server":
     """Return a uvicorn server (a dependency of gradio) for an app."""
     import uvicorn
 
-    config = uvicorn.Config(app, ws="none", log_level="critical", timeout_graceful_shutdown=1)
-    return uvicorn.Server(config)
+    from dsv3_ref.serving.http_server import ConnectionLimits, limited_options
+
+    options = limited_options(ConnectionLimits())
+    return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))
 
 
 def with_security_policy(app: "ASGIApp") -> "ASGIApp":

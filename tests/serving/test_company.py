@@ -17,7 +17,12 @@ from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
 from dsv3_ref.serve import Engine, LogitsProcessor, Request, StepOutput, make_engine
-from dsv3_ref.serving.detokenizer import StreamDetokenizer, byte_of_sign, token_bytes
+from dsv3_ref.serving.detokenizer import (
+    StopMatcher,
+    StreamDetokenizer,
+    byte_of_sign,
+    token_bytes,
+)
 from dsv3_ref.serving.output_processor import (
     MIN_LOGPROB,
     REQUEST_FAILED,
@@ -339,6 +344,31 @@ def first_end(words: str, stop: str, stops: list[str]) -> int | None:
 def test_any_tokens_become_the_text_that_the_tokenizer_decodes(ids):
     text = StreamDetokenizer(tokenizer())
     assert "".join([text.push([i]) for i in ids]) + text.flush() == tokenizer().decode(ids)
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=7))
+def test_a_stop_string_is_found_as_by_searching_the_whole_text(pieces, stop):
+    matcher = StopMatcher(stop)
+    text = ""
+    for piece in pieces:
+        found = matcher.push(piece)
+        begin = (text + piece).find(stop)
+        assert found == (None if begin < 0 else begin - len(text))
+        if found is not None:
+            return
+        text += piece
+        partial = [n for n in range(len(stop)) if text.endswith(stop[:n])]
+        assert matcher.num_matched == max(partial)
+
+
+def test_long_stop_strings_cost_little_for_each_token():
+    """A client may send strings that nearly occur, and force their letter by logit_bias."""
+    letter = tokenizer().encode("a", add_special_tokens=False).ids[0]
+    stops = tuple("a" * 999 + chr(ord("b") + i) for i in range(16))
+    text = StreamDetokenizer(tokenizer(), stops)
+    start = time.process_time()
+    assert "".join([text.push([letter]) for _ in range(4000)]) + text.flush() == "a" * 4000
+    assert time.process_time() - start < 2
 
 
 def test_a_stop_string_of_byte_tokens_leaks_nothing():

@@ -1,5 +1,7 @@
 """The server over sockets: who may use it, for how long, and how it ends."""
 
+import asyncio
+import gc
 import json
 import signal
 import socket
@@ -7,18 +9,23 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import httpx
 import pytest
 from test_serve import command, folder, quiet
 
 from dsv3_ref.cli import main
+from dsv3_ref.config import UserError
+from dsv3_ref.serve import QueueFull
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.config import ServeConfig
 from dsv3_ref.serving.http_server import ConnectionLimits
+from dsv3_ref.serving.json_body import parse_json
 from dsv3_ref.serving.network import ApiKeys, bind_socket, host_of, host_rule
-from dsv3_ref.serving.tokenize_pool import max_bytes_per_token
+from dsv3_ref.serving.tokenize_pool import TokenizePool, max_bytes_per_token
 
 __all__ = ["folder"]  # the fixture that makes a model
 SHORT = ConnectionLimits(max_connections=8, headers=0.4, body=0.6, idle=0.3, stall=0.5)
@@ -238,6 +245,82 @@ def test_a_long_stop_string_is_refused(here):
     assert "a stop string must not exceed 1000 characters" in answer.text
 
 
+def test_fields_that_occur_twice_are_found_in_linear_time():
+    """A megabyte of names with one twice once took hours, and no large body was read meanwhile."""
+    names = ", ".join(f'"{i}": 0' for i in [*range(100_000), 99_999])
+    start = time.process_time()
+    with pytest.raises(UserError, match='the field "99999" occurs twice'):
+        parse_json(f"{{{names}}}".encode())
+    assert time.process_time() - start < 5
+
+
+class Body:
+    """A body whose end can be observed."""
+
+    def __len__(self) -> int:
+        """Return the number of its bytes."""
+        return 1 << 20
+
+
+def test_a_body_that_nobody_waits_for_is_dropped(here):
+    """Clients that leave once their body is queued must not fill the memory."""
+    pool = TokenizePool(here[1].tokenizer, 256, max_queue=3)
+    gate = threading.Event()
+
+    async def leave() -> list[weakref.ref]:
+        blocker = asyncio.ensure_future(pool.run(1 << 20, gate.wait))
+        await asyncio.sleep(0.01)
+        bodies = []
+        for _ in range(2):
+            body = Body()
+            bodies.append(weakref.ref(body))
+            waiting = asyncio.ensure_future(pool.run(1 << 20, partial(len, body)))
+            del body
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            del waiting
+        gc.collect()
+        assert [body() for body in bodies] == [None, None]
+        with pytest.raises(QueueFull):  # their places are free once the thread comes to them
+            await pool.run(1 << 20, bool)
+        gate.set()
+        assert await blocker
+        while pool.num_pending:
+            await asyncio.sleep(0.01)
+        assert await pool.run(1 << 20, bool) is False
+        return bodies
+
+    try:
+        asyncio.run(asyncio.wait_for(leave(), 20))
+    finally:
+        gate.set()
+        pool.stop()
+
+
+def test_log_probabilities_are_bounded(here, monkeypatch):
+    """In one response, and in all that have not been sent, which stalled clients keep."""
+    address, service, _ = here
+    body = {"prompt": "we talk", "max_tokens": 200, "n": 16, "logprobs": 20, "echo": True}
+    monkeypatch.setattr("dsv3_ref.serving.service.MAX_LISTED", 60_000)
+    answer = ask(address, body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+    assert "are more than the 60000 allowed" in answer.text
+    small = {"prompt": "we", "max_tokens": 100, "n": 8, "logprobs": 4}  # 4,000 of them
+    monkeypatch.setattr("dsv3_ref.serving.service.MAX_LISTED_AT_ONCE", 6000)
+    url = f"http://{address[0]}:{address[1]}/v1/completions"
+    step = service.engine.step
+    monkeypatch.setattr(service.engine, "step", lambda: (time.sleep(0.02), step())[1])
+    with httpx.stream("POST", url, json=small | {"stream": True}) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert service.num_listed == 4000
+        assert ask(address, small).status_code == 429
+        assert ask(address).status_code == 200  # without log-probabilities
+    assert quiet(service) and service.num_listed == 0
+    assert ask(address, small).status_code == 200 and service.num_listed == 0
+
+
 # ── Who ──
 
 
@@ -264,6 +347,19 @@ def test_only_known_hosts(here):
         rule = host_rule(listener, ["api.example"])
         assert rule("192.0.2.7") and rule("api.example:443") and rule(socket.gethostname())
         assert not rule("evil.example") and not rule("")
+
+
+def test_a_request_with_two_lengths_is_refused_and_hides_no_other(here):
+    """A reverse proxy that goes by the other length would take the second one for the body."""
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    lengths = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with socket.create_connection(here[0]) as connection:
+        connection.sendall(HEAD + lengths + hidden)
+        received = b""
+        with suppress(ConnectionResetError):
+            while part := connection.recv(1 << 16):
+                received += part
+    assert received.startswith(b"HTTP/1.1 400") and received.count(b"HTTP/1.1") == 1
 
 
 def test_a_key_is_needed_and_keeps_prefixes_apart(folder, monkeypatch):
@@ -438,6 +534,38 @@ def test_it_ends_within_its_grace_although_a_client_never_reads(folder, grace):
         start = time.monotonic()
         assert process.wait(10) == 0
         assert time.monotonic() - start < float(grace) + 2
+
+
+HALVES = {
+    "half a head": b"POST /v1/comple",
+    "half a body": HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ',
+}
+
+
+@pytest.mark.parametrize("sent", HALVES.values(), ids=HALVES)
+def test_two_signals_end_it_although_a_request_is_half_sent(folder, sent):
+    """With --grace 0 already the first one does, whichever arrives when."""
+    for grace, most, codes in (("0", 2, (0, 143)), ("60", 3, (143,))):
+        with command(folder, "--grace", grace) as (base, process):
+            port = int(base.rsplit(":", 1)[1])
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                connection.sendall(sent)
+                assert httpx.get(f"{base}/health").status_code == 200
+                start = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                if grace == "60":
+                    connection_is_drained(base)
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(10) in codes
+                assert time.monotonic() - start < most
+
+
+def connection_is_drained(base: str) -> None:
+    """Wait until the first signal has been handled, if the server still answers."""
+    end = time.monotonic() + 2
+    with suppress(httpx.TransportError):
+        while httpx.get(f"{base}/health").status_code == 200 and time.monotonic() < end:
+            pass
 
 
 def test_it_drains_and_a_second_signal_ends_it(folder):

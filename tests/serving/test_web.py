@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import EOS, SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.decode import SpeculativeDecoder
 from dsv3_ref.model import Transformer, moe_layers
-from dsv3_ref.serving import web
+from dsv3_ref.serving import http_server, web
 from dsv3_ref.serving.config import ChatConfig
 from dsv3_ref.serving.text_generator import TextGenerator, fit_history
 from dsv3_ref.serving.text_generator import answered as answered_turn
@@ -383,13 +384,29 @@ def test_only_its_own_names_reach_the_page(run, monkeypatch):
     argv = ["chat", str(run), "--web", "--port", "0", "--allowed-hosts", "chat.example"]
     assert main.main(argv) == 0
 
-    async def status(host: str) -> int:
+    async def status(host: str, method: str = "GET", **headers: str) -> int:
         transport = httpx.ASGITransport(apps[0])
-        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
-            return (await client.get("/config")).status_code
+        async with httpx.AsyncClient(transport=transport) as client:
+            headers["host"] = host
+            url = "http://127.0.0.1/config"
+            return (await client.request(method, url, headers=headers)).status_code
 
     for host, want in (("127.0.0.1", 200), ("chat.example:80", 200), ("evil.example", 403)):
         assert asyncio.run(status(host)) == want
+    for host, origin, want in (
+        ("localhost:7860", "http://localhost:7860", 200),
+        ("localhost.:7860", "http://localhost.:7860", 200),
+        ("127.0.0.1:7860", "https://chat.example", 200),  # a proxy that changes Host
+        ("localhost:7860", "http://localhost:3000", 403),
+        ("localhost.:7860", "http://evil.example", 403),  # for gradio, not this machine
+        ("chat.example", "http://evil.example", 403),
+        ("localhost:7860", "null", 403),
+        ("localhost:7860", "file://localhost:7860", 403),
+    ):
+        assert asyncio.run(status(host, origin=origin)) == want, origin
+        more = {"access-control-request-method": "POST"}
+        preflight = asyncio.run(status(host, "OPTIONS", origin=origin, **more))
+        assert (preflight == 403) == (want == 403), origin
 
 
 @pytest.mark.parametrize(
@@ -450,6 +467,28 @@ def address(generator):
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
     thread.join()
+
+
+def test_connections_to_the_page_are_limited(monkeypatch):
+    """One that sends nothing, or half a head, is closed: before any key is asked for."""
+    limits = http_server.ConnectionLimits(headers=0.3, idle=0.3)
+    monkeypatch.setattr(http_server, "ConnectionLimits", lambda: limits)
+
+    async def app(scope, receive, send):
+        """Answer nothing."""
+
+    listener = web.bind_socket("127.0.0.1", 0)
+    server = web.make_web_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        for sent in (b"", b"GET / HT"):
+            with socket.create_connection(listener.getsockname(), timeout=10) as connection:
+                connection.sendall(sent)
+                assert connection.recv(10) == b""
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def test_the_page_forbids_to_fetch_from_elsewhere(address):
