@@ -64,7 +64,7 @@ def turn_role(turns: Sequence[dict], i: int) -> str | None:
     """Return the role of turn i, None if there is no such turn; raise if it is malformed."""
     turn = turns[i] if i < len(turns) else {}
     if not isinstance(turn, dict) or (turn and not isinstance(turn.get("content"), str)):
-        raise UserError(f'turn {i + 1} is not a role with a text: write {{"role", "content"}}')
+        raise UserError(f'turn {i + 1} is not a role with a string: write {{"role", "content"}}')
     return turn.get("role")
 
 

@@ -186,6 +186,17 @@ def check_regular(path: Path) -> None:
         raise OSError(f"it has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file that comes with a model; raise a `UserError` if it is too large."""
+    try:
+        check_regular(path)
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e}): copy it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of a checkpoint or run, or raise a `UserError`."""
     try:

@@ -157,7 +157,7 @@ GATES: dict[str, dict[str, tuple]] = {
 }
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "any": ((object,), "any value"),
-    "text": ((str,), "a text"),
+    "text": ((str,), "a string"),
     "whole": ((int,), "a whole number"),
     "number": ((int, float), "a number"),
     "boolean": ((bool,), "true or false"),

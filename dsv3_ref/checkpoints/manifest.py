@@ -26,6 +26,7 @@ from dsv3_ref.checkpoints.layout import CONFIG, INDEX, SHARD_TABLE, STATE
 from dsv3_ref.config import UserError
 
 MANIFEST, MANIFEST_FORMAT = "manifest.json", 1
+OWN_FIELDS = {"format", "files", "versions"}
 XXH3 = "xxh3_128"
 FILES_READ = (CONFIG, INDEX, SHARD_TABLE, STATE)  # with a model, beside all safetensors files
 HASH_BLOCK = 1 << 20  # bytes read at a time
@@ -113,7 +114,24 @@ def hash_workers(n_files: int) -> int:
 
 def has_manifest(folder: Path) -> bool:
     """Return whether a directory can be verified."""
-    return (folder / MANIFEST).is_file()
+    return (folder / MANIFEST).is_file() and not is_foreign(folder)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Return whether the manifest.json of a directory belongs to another program.
+
+    Directories in Hugging Face's format have no manifest of ours, so one without any field of ours
+    is not damaged. In our own format it is.
+    """
+    try:
+        if "model_type" not in read_json(folder / CONFIG):
+            return False
+    except UserError:
+        return False
+    try:
+        return OWN_FIELDS.isdisjoint(read_json(folder / MANIFEST))
+    except UserError:
+        return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

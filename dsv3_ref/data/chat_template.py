@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from dsv3_ref.data.tokenizer_settings import TokenizerSettings, load_tokenizer_s
 if TYPE_CHECKING:
     from dsv3_ref.sft import SpecialTokens
 
-PRIVATE = 0xF0000  # where Unicode's private characters begin
+PRIVATE, LAST = 0xF0000, 0x10FFFF  # Unicode's private characters, up to its last one
 OPEN_THOUGHT = re.compile(rf"({THINK_TAG.pattern})\s*$")  # at the end of a prompt
 THOUGHT_TOKENS = 12  # that “<think>\n\n” has at most
 OWN_ROLES = "system", "user", "assistant"
@@ -43,14 +44,17 @@ class Signs:
 
     @classmethod
     def absent_from(cls, value: object) -> "Signs":
-        """Return signs that occur in none of the texts of a JSON value."""
+        """Return signs that occur in none of the texts of a JSON value.
+
+        Raises a `UserError` if the texts leave no private character unused.
+        """
         used = set("".join(iter_texts(value)))
-        chars: list[str] = []
-        code = PRIVATE
-        while len(chars) < 4:
-            if chr(code) not in used:
-                chars.append(chr(code))
-            code += 1
+        unused = (char for char in map(chr, range(PRIVATE, LAST + 1)) if char not in used)
+        chars = list(islice(unused, 4))
+        if len(chars) < 4:
+            raise UserError(
+                "the conversation uses all private characters of Unicode: leave some out"
+            )
         return cls(*chars)
 
 

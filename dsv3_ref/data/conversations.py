@@ -110,7 +110,7 @@ def required_reference(row: dict) -> str:
     """Return the right answer of a row; raise a `UserError` if it has none."""
     reference = row.get("reference")
     if not isinstance(reference, str):
-        raise UserError("it has no 'reference': add the right answer as a text")
+        raise UserError("it has no 'reference': add the right answer as a string")
     return reference
 
 

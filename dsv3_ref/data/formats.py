@@ -15,11 +15,11 @@ import lzma
 import os
 import re
 import stat
-import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from typing import Any, BinaryIO, NamedTuple
 
 from dsv3_ref.config import UserError
@@ -49,6 +49,9 @@ MAGIC = {  # how files begin that are not what their name says
     b"\xfe\xff": "UTF-16: convert it by iconv -f utf-16 -t utf-8",
 }
 BOM = b"\xef\xbb\xbf"
+MAX_EXPANSION = 200  # of compressed files; text shrinks to a tenth, hardly to a hundredth
+SMALL_EXPANSION = 1 << 28  # bytes that any file may expand to
+MAX_LINE = 1 << 28  # bytes of a line of JSON, or characters of a field of CSV
 HEAD = 1 << 16  # bytes that are looked at to find out what a file is
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # or half of a pair
 ROWS_PER_BATCH = 1000  # rows of Parquet and Arrow that are converted at a time
@@ -174,8 +177,44 @@ def open_data_file(file: DataFile) -> Iterator[io.BufferedReader]:
             yield stream
 
 
+class BoundedStream(io.RawIOBase):
+    """The decompressed bytes of a file; reading far more than text expands to is an error."""
+
+    def __init__(self, raw: Any, path: str):
+        self.raw, self.path = raw, path
+        self.limit = max(SMALL_EXPANSION, MAX_EXPANSION * os.path.getsize(path))
+        self.num_read = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer; raise a `UserError` if the file expands too much."""
+        count = self.raw.readinto(buffer)
+        self.num_read += count
+        if self.num_read > self.limit:
+            raise UserError(
+                f"{self.path} expands to more than {MAX_EXPANSION} times its size, which no text "
+                "does: decompress it yourself if you trust it"
+            )
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        self.raw.close()
+        super().close()
+
+
 def decompressed(file: DataFile) -> Any:
     """Return a raw stream of the decompressed bytes of a file."""
+    if not file.compression:
+        return open(file.path, "rb", buffering=0)
+    return BoundedStream(open_compressed(file), file.path)
+
+
+def open_compressed(file: DataFile) -> Any:
+    """Return a stream that decompresses a file."""
     match file.compression:
         case "gzip":
             return gzip.GzipFile(file.path)
@@ -189,7 +228,7 @@ def decompressed(file: DataFile) -> Any:
             if not pa.Codec.is_available("zstd"):
                 raise UserError(f"{file.path}: pyarrow was built without zstd: pip install pyarrow")
             return pa.input_stream(file.path, compression="zstd")
-    return open(file.path, "rb", buffering=0)
+    raise ValueError(f"{file.compression!r} is not a compression")
 
 
 def check_magic(file: DataFile, head: bytes) -> None:
@@ -250,7 +289,7 @@ def read_texts(file: DataFile, by_paragraph: bool) -> Iterator[PlacedRow]:
 
 def read_json_rows(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
     """Yield the rows of JSON lines, of a JSON array, or of the list "data" of a JSON object."""
-    lines = enumerate((raw.removeprefix(BOM).strip() for raw in stream), start=1)
+    lines = enumerate((raw.removeprefix(BOM).strip() for raw in read_lines(file, stream)), start=1)
     number, first = next(((n, line) for n, line in lines if line), (0, b""))
     is_document = first.startswith(b"[") or (file.kind == "json" and not is_json(first))
     if is_document or (file.kind == "json" and b'"data"' in first):
@@ -260,6 +299,23 @@ def read_json_rows(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
     for n, line in chain([(number, first)], lines):
         if line:
             yield f"line {n}", parse_json_line(line)
+
+
+def read_lines(file: DataFile, stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file; raise a `UserError` if one is too long.
+
+    Any line of a .json file may be long, because it may hold the whole document.
+    """
+    limit = -1 if file.kind == "json" else MAX_LINE + 1
+    for number in count(1):
+        line = stream.readline(limit)
+        if not line:
+            return
+        if len(line) > MAX_LINE and limit > 0:
+            raise UserError(
+                f"{file.path}, line {number} has more than {MAX_LINE:,} bytes: write a row per line"
+            )
+        yield line
 
 
 def is_json(line: bytes) -> bool:
@@ -373,7 +429,7 @@ def skip_space(text: str, at: int) -> int:
 
 def read_csv(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
     """Yield the rows of a table whose first line names the columns; all values are texts."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MAX_LINE)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter="," if file.kind == "csv" else "\t", strict=True)
     names: list[str] = []
@@ -402,7 +458,7 @@ def read_csv(file: DataFile, stream: BinaryIO) -> Iterator[PlacedRow]:
 
 def check_header(path: str, names: list[str]) -> list[str]:
     """Return the names of the columns; raise a `UserError` if two are equal."""
-    twice = {name for name in names if name and names.count(name) > 1}
+    twice = {name for name, count in Counter(names).items() if name and count > 1}
     if twice:
         raise UserError(f"{path} has two columns {min(twice)!r}: rename one")
     return names

@@ -1,9 +1,14 @@
-"""Chat templates in Jinja, rendered in a sandbox with the functions that transformers offers."""
+"""Chat templates in Jinja, rendered in a sandbox with the functions that transformers offers.
+
+A template comes with a model and may loop without end or ask for any memory, even while it is
+compiled. So it is compiled and rendered as `python -m dsv3_ref.data.jinja_template`, in a process
+with limits: a line of JSON in, a line out. This process only parses it, to learn what it reads.
+"""
 
 import json
 from collections.abc import Callable
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -15,7 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.messages import CallArguments
+from dsv3_ref.data.worker_process import WorkerProcess, answer_lines
 
+RENDER_SECONDS = 10.0  # of a rendering, which takes milliseconds
+RENDER_MEMORY = 1 << 30  # of address space
+MAX_CHARACTERS = 1 << 26  # of a rendered conversation
+MAX_MESSAGE = 1000  # characters of an error
 GENERATION_MARKS = "dsv3_generation_marks"  # the variable with the marks of {% generation %}
 
 
@@ -80,12 +90,13 @@ class JinjaTemplate:
     def __init__(self, text: str, source: str):
         self.text = text
         self.source = source
-        environment = template_environment()
         try:
-            tree = environment.parse(text)
-            self.template = environment.from_string(text)
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template of {source} is not valid Jinja: {e}") from None
+            tree = template_environment().parse(text)
+        except (jinja2.TemplateError, ValueError, RecursionError) as e:
+            raise self.invalid(str(e)) from None
+        answer = self.ask({"text": text})
+        if "text" not in answer:
+            raise self.invalid(next(iter(answer.values())))
         self.names, self.literals = names_in(tree), literals_in(tree)
         self.has_generation_blocks = "{%" in text and any(
             node.identifier.endswith("GenerationBlock")
@@ -97,19 +108,61 @@ class JinjaTemplate:
         return name in self.names or name in self.literals
 
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
-        """Return the text of a conversation; raise a `UserError` if the template refuses it."""
-        try:
-            return self.template.render(messages=messages, documents=None, **variables)
-        except jinja2.UndefinedError:
-            raise
-        except jinja2.TemplateError as e:
-            raise UserError(
-                f"the chat template of {self.source} refuses this conversation: {e}"
-            ) from None
-        except Exception as e:  # the template's own code may raise anything
-            raise UserError(
-                f"the chat template of {self.source} fails on this conversation: {e}"
-            ) from None
+        """Return the text of a conversation; raise a `UserError` if the template refuses it.
+
+        Raises jinja2's `UndefinedError` if it reads what the conversation does not have.
+        """
+        arguments = [[call_text(call) for call in find_calls(turn)] for turn in messages]
+        question = {"messages": messages, "arguments": arguments, "variables": variables}
+        answer = self.ask({"text": self.text, **question})
+        if "undefined" in answer:
+            raise jinja2.UndefinedError(answer["undefined"])
+        for verb in ("refuses", "fails on"):
+            if verb in answer:
+                raise UserError(
+                    f"the chat template of {self.source} {verb} this conversation: {answer[verb]}"
+                )
+        return answer["text"]
+
+    def ask(self, question: dict[str, Any]) -> dict[str, str]:
+        """Return the answer of the process that renders; raise a `UserError` if it has none."""
+        renderer = shared_renderer()
+        line = json.dumps(question, default=str)
+        with renderer.lock:
+            renderer.ensure_started()
+            try:
+                return json.loads(renderer.ask(line, RENDER_SECONDS))
+            except TimeoutError:
+                raise UserError(
+                    f"the chat template of {self.source} takes more than {RENDER_SECONDS:.0f} s or "
+                    f"{RENDER_MEMORY >> 20} MiB: use another template"
+                ) from None
+
+    def invalid(self, reason: str) -> UserError:
+        """Return the error for a template that cannot be compiled."""
+        return UserError(f"the chat template of {self.source} is not valid Jinja: {reason}")
+
+
+def find_calls(turn: dict[str, Any]) -> list[Any]:
+    """Return the calls of tools of a message."""
+    calls = turn.get("tool_calls")
+    return calls if isinstance(calls, list) else []
+
+
+def call_text(call: Any) -> str | None:
+    """Return the text of the `CallArguments` of a call, which JSON cannot express; or None."""
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return arguments.text if isinstance(arguments, CallArguments) else None
+
+
+@cache
+def shared_renderer() -> WorkerProcess:
+    """Return the process that renders the templates of this one."""
+    name = "dsv3_ref.data.jinja_template"
+    return WorkerProcess(
+        name, f"python -m {name}, which renders chat templates, does not start: reinstall jinja2"
+    )
 
 
 def names_in(tree: nodes.Template) -> frozenset[str]:
@@ -122,3 +175,55 @@ def literals_in(tree: nodes.Template) -> frozenset[str]:
     """Return the string constants of a template."""
     constants = (node.value for node in tree.find_all(nodes.Const))
     return frozenset(value for value in constants if isinstance(value, str))
+
+
+# ── In the process ──
+
+
+@lru_cache(64)
+def compile_template(text: str) -> jinja2.Template:
+    """Return a compiled template."""
+    return template_environment().from_string(text)
+
+
+def render_line(line: str) -> str:
+    """Return the rendered text, or an error and its kind, for a line with a template.
+
+    Without messages, the template is compiled only.
+    """
+    question = json.loads(line)
+    try:
+        template = compile_template(question["text"])
+        text = ""
+        if "messages" in question:
+            messages, variables = question["messages"], question["variables"]
+            restore_arguments(messages, question["arguments"])
+            text = template.render(messages=messages, documents=None, **variables)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"it writes more than {MAX_CHARACTERS:,} characters")
+        answer = {"text": text}
+    except jinja2.UndefinedError as e:
+        answer = {"undefined": error_text(e)}
+    except jinja2.TemplateError as e:
+        answer = {"refuses": error_text(e)}
+    except Exception as e:  # the template's own code may raise anything
+        answer = {"fails on": error_text(e)}
+    return json.dumps(answer)
+
+
+def restore_arguments(messages: list[dict[str, Any]], texts: list[list[str | None]]) -> None:
+    """Replace the arguments of calls that have a text by `CallArguments`."""
+    for turn, turn_texts in zip(messages, texts):
+        for call, text in zip(find_calls(turn), turn_texts):
+            if text is not None:
+                function = call["function"]
+                function["arguments"] = CallArguments(function["arguments"], text)
+
+
+def error_text(error: Exception) -> str:
+    """Return the message of an error, or the name of its class if it has none."""
+    return str(error)[:MAX_MESSAGE] or type(error).__name__
+
+
+if __name__ == "__main__":
+    answer_lines(render_line, RENDER_MEMORY)

@@ -67,11 +67,11 @@ def normalize_messages(messages: object, mentions: Callable[[str], bool]) -> lis
 def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> Message:
     """Return message number `i` as `normalize_messages` does."""
     if not isinstance(turn, dict):
-        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+        raise UserError(f'turn {i} is not a role with a string: write {{"role", "content"}}')
     turn = {k: v for k, v in turn.items() if v is not None and k not in LOSS_FIELDS}
     role = turn.get("role")
     if not isinstance(role, str):
-        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+        raise UserError(f'turn {i} is not a role with a string: write {{"role", "content"}}')
     if role == "developer" and not mentions(role):
         role = "system"
     if role not in ROLES and not mentions(role):
@@ -115,10 +115,10 @@ def normalize_content(i: int, turn: Message) -> str | None:
     if isinstance(content, list | tuple):
         content = join_text_parts(i, content)
     if content is None and not TEXT_FIELDS & set(turn):
-        raise UserError(f'turn {i} is not a role with a text: write {{"role", "content"}}')
+        raise UserError(f'turn {i} is not a role with a string: write {{"role", "content"}}')
     if content is not None and not isinstance(content, str):
         raise UserError(
-            f"turn {i} is not a role with a text: its content is {str(content)[:40]}, of type "
+            f"turn {i} is not a role with a string: its content is {str(content)[:40]}, of type "
             f"{type(content).__name__}; quote it"
         )
     return content

@@ -168,7 +168,7 @@ def parse_pair(row: object) -> PairRow:
     if not isinstance(prompt, list | tuple | str) or prompt == "":
         raise UserError(
             "it has no list of messages as its prompt, and its answers are no whole conversations: "
-            'write {"prompt": messages or a text, "chosen", "rejected"}'
+            'write {"prompt": messages or a string, "chosen", "rejected"}'
         )
     answers = (as_messages(row.get(name), "assistant") for name in ("chosen", "rejected"))
     return PairRow(as_messages(prompt, "user"), *answers)

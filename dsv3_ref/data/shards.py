@@ -18,6 +18,8 @@ texts. Special tokens, fill-in-the-middle and split line breaks are applied when
 import hashlib
 import json
 import os
+import re
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ INDEX, TOKENIZER = "index.json", "tokenizer.json"
 FORMAT = 1
 SUM_BYTES = 1 << 16  # of a shard under one checksum, which is compared when they are first read
 OFFSET = np.dtype("<u8")
+SHARD_NAME = re.compile(r"shard-\d+", re.ASCII)
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
@@ -56,7 +59,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise UserError(f"{path} is of format {index['format']}, not {FORMAT}")
-        np.dtype(index["dtype"] or "<u2")
+        check_index(index)
     except UserError:
         raise
     except FileNotFoundError:
@@ -64,6 +67,25 @@ def read_index(folder: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
     return index
+
+
+def check_index(index: dict[str, Any]) -> None:
+    """Raise a `ValueError`, `LookupError` or `TypeError` unless an index describes shards.
+
+    Names are those of files in the folder: an index may come from a stranger.
+    """
+    if index["dtype"] not in (None, "", "<u2", "<u4"):
+        raise ValueError(f"{index['dtype']!r} is not a type of tokens")
+    for shard in index["shards"]:
+        name = shard["name"]
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a shard")
+        for key in ("documents", "tokens", "bytes"):
+            if type(shard[key]) is not int or shard[key] < 0:
+                raise ValueError(f"{key} of {name} is {shard[key]!r}")
+        for suffix in ("bin", "npy", "sum"):
+            if not isinstance(shard["sha256"][suffix], str):
+                raise ValueError(f"the sha256 of {name}.{suffix} is not a string")
 
 
 # ── Reading ──
@@ -215,11 +237,13 @@ def check_lengths(folder: Path, shard: dict[str, Any]) -> None:
     for suffix, expected in expected_lengths(shard).items():
         path = folder / f"{shard['name']}.{suffix}"
         try:
-            length = os.stat(path).st_size
+            about = os.stat(path)
         except FileNotFoundError:
             raise damaged_error(path, "it is missing") from None
-        if length != expected:
-            raise damaged_error(path, f"it has {length:,} bytes, not {expected:,}")
+        if not stat.S_ISREG(about.st_mode):  # reading a pipe or a device would not end
+            raise damaged_error(path, "it is not a regular file")
+        if about.st_size != expected:
+            raise damaged_error(path, f"it has {about.st_size:,} bytes, not {expected:,}")
 
 
 def damaged_error(path: Path, why: str) -> UserError:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dsv3_ref.checkpoints.atomic import check_regular
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer_conversion import convert_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
@@ -74,6 +75,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.is_file():
         return encode_special_as_text(reset_options(convert_tokenizer(directory)))
     try:
+        check_regular(path)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer: {e}") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from dsv3_ref.checkpoints.atomic import read_text
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer_settings import read_object
 
@@ -96,7 +97,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """Return the rank of each token of a tiktoken file, whose lines hold base64 and a rank."""
     ranks = {}
     try:
-        for line in path.read_text(encoding="ascii").split("\n"):
+        for line in read_text(path).split("\n"):
             if line.strip():
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)

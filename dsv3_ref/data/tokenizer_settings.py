@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_ref.checkpoints.atomic import read_text
 from dsv3_ref.config import UserError
 
 # Files of a tokenizer, which a run copies from the model that it starts from.
@@ -58,15 +59,37 @@ def copy_tokenizer_settings(source: Path, target: Path) -> None:
     """Copy the files beside a tokenizer.json to a run, so that it keeps form and stop tokens."""
     if source.resolve() == target.resolve() or not source.is_dir():
         return
-    for path in (source / name for name in SETTINGS_FILES):
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-    if (source / NAMED_TEMPLATES).is_dir():
-        shutil.copytree(source / NAMED_TEMPLATES, target / NAMED_TEMPLATES, dirs_exist_ok=True)
+    copy_files(source, target, SETTINGS_FILES)
     stops = load_tokenizer_settings(source).stop_token_ids
     if stops and not (target / "generation_config.json").exists():  # those of config.json
         text = json.dumps({"eos_token_id": sorted(stops)})
         (target / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy the files of these names that a directory has, and its chat templates with names.
+
+    Raise a `UserError` for a link that leads out of the directory: what a stranger's link points
+    to must not end up in what a user publishes.
+    """
+    paths = [path for path in (source / name for name in names) if path.is_file()]
+    for path in [*paths, *named_templates(source)]:
+        if leads_outside(path, source):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the model: replace it by that "
+                "file if you trust the link"
+            )
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def leads_outside(path: Path, folder: Path) -> bool:
+    """Return whether a path is a link out of a folder; the hub's cache links into its own blobs."""
+    real, home = path.resolve(), folder.resolve()
+    if home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs":
+        return False
+    return not real.is_relative_to(home)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -74,7 +97,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(read_text(path))
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
     if not isinstance(values, dict):
@@ -93,20 +116,26 @@ def read_special_tokens(directory: Path, config: dict[str, Any]) -> dict[str, st
             tokens[name] = text
         elif value is not None and value != "":
             raise UserError(
-                f"{name} of {directory / 'tokenizer_config.json'} is neither a text nor an object "
-                'with its "content": correct it'
+                f"{name} of {directory / 'tokenizer_config.json'} is neither a string nor an "
+                'object with its "content": correct it'
             )
     return tokens
+
+
+def named_templates(directory: Path) -> list[Path]:
+    """Return the files of the chat templates that have names."""
+    paths = (directory / NAMED_TEMPLATES).glob("*.jinja")
+    return sorted(path for path in paths if path.is_file())
 
 
 def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, str]:
     """Return the chat templates of a directory by name; files come before tokenizer_config.json."""
     main = directory / "chat_template.jinja"
-    named = sorted((directory / NAMED_TEMPLATES).glob("*.jinja"))
+    named = named_templates(directory)
     if main.is_file() or named:
         files = {"default": main} if main.is_file() else {}
         files |= {path.stem: path for path in named}
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     value = config.get("chat_template")
     if value is None:
         value = read_object(directory / "chat_template.json").get("chat_template")
@@ -120,7 +149,7 @@ def read_chat_templates(directory: Path, config: dict[str, Any]) -> dict[str, st
         if len(templates) == len(value) > 0:
             return templates
     raise UserError(
-        f"chat_template of {directory / 'tokenizer_config.json'} is neither a text nor a list of "
+        f"chat_template of {directory / 'tokenizer_config.json'} is neither a string nor a list of "
         '{"name", "template"}: correct it'
     )
 

@@ -1,7 +1,6 @@
 """The files beside the weights: tokenizer, chat template, special tokens, generation settings."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from tokenizers import Tokenizer, processors
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, PAD, USER, load_tokenizer
 from dsv3_ref.data.tokenizer_settings import (
-    NAMED_TEMPLATES,
     SETTINGS_FILES,
     TokenizerSettings,
+    copy_files,
     load_tokenizer_settings,
 )
 
@@ -51,11 +50,7 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     Python files that its settings name are copied, too; they are not executed.
     """
     code = sorted(path.name for path in source.glob("*.py"))
-    for name in [*COPIED, *code]:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / NAMED_TEMPLATES).is_dir():
-        shutil.copytree(source / NAMED_TEMPLATES, target / NAMED_TEMPLATES)
+    copy_files(source, target, [*COPIED, *code])
 
 
 def write_own_files(source: Path, target: Path, max_seq_len: int) -> dict[str, int]:

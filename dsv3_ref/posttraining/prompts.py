@@ -329,7 +329,9 @@ def parse_answer(row: dict) -> str:
     if isinstance(value, bool | int | float):
         value = json.dumps(value)
     if not isinstance(value, str) or (column and not value.strip()):
-        raise UserError(f'its "{column}" is not a text or a number, or is empty: write the answer')
+        raise UserError(
+            f'its "{column}" is not a string or a number, or is empty: write the answer'
+        )
     answer = final_value(value)
     if column == "solution" and answer is None and len(value) > MAX_ANSWER_CHARS:
         raise UserError(

@@ -160,6 +160,13 @@ class StopMatcher:
         return None
 
 
+def partial_stop_length(text: str, stop: str) -> int:
+    """Return the length of the longest end of a text that may begin a stop string."""
+    matcher = StopMatcher(stop)
+    matcher.push(text[max(0, len(text) - len(stop) + 1) :])
+    return matcher.num_matched
+
+
 # ── A growing text ──
 
 

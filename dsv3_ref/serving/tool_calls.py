@@ -104,7 +104,7 @@ class AnswerParser:
         """Move a text or a call from `pending` to a list; return whether more may be certain."""
         if not self.is_inside:
             before, begin, after = self.pending.partition(marks.begin)
-            keep = 0 if begin else partial_stop_length(before, (marks.begin,))
+            keep = 0 if begin else partial_stop_length(before, marks.begin)
             texts.append(before[: len(before) - keep])
             self.pending = begin + after if begin else before[len(before) - keep :]
             self.is_inside = bool(begin)

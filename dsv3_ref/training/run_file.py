@@ -124,12 +124,26 @@ def read_run_file(path: Path, name: str, options: type) -> dict[str, Any] | None
     return values
 
 
+class RunFileLoader(yaml.SafeLoader):
+    """A loader of YAML without aliases: a few lines of them stand for billions of values."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node; raise an error for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"write the value again in the place of *{event.anchor}",
+                event.start_mark,
+            )  # fmt: skip
+        return super().compose_node(parent, index)
+
+
 def read_mapping(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML or JSON file."""
     is_json = path.suffix.lower() == ".json"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if is_json else yaml.safe_load(text)
+        values = json.loads(text) if is_json else RunFileLoader(text).get_single_data()
     except OSError as e:
         raise UserError(f"--config {path} cannot be read: {e.strerror}; give a run file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as e:

@@ -16,7 +16,11 @@ from itertools import chain, product
 from typing import NamedTuple
 
 from dsv3_ref.verifiers.latex import normalize_answer, split_top_level, strip_brackets
-from dsv3_ref.verifiers.math_verifier import equations_equal, expressions_equal
+from dsv3_ref.verifiers.math_verifier import (
+    equations_equal,
+    expressions_equal,
+    limited_together,
+)
 
 MAX_CHARS = 1000  # of an answer; a longer one must be the same text
 MAX_DEPTH = 20  # of its brackets
@@ -90,7 +94,8 @@ def answers_equal(answer: str, truth: str) -> bool:
     answer, truth = normalize_answer(answer), normalize_answer(truth)
     if max(bracket_depth(answer), bracket_depth(truth)) > MAX_DEPTH:
         return False
-    return any(is_equal(*pair) for pair in product(readings(answer), readings(truth)))
+    with limited_together():
+        return any(is_equal(*pair) for pair in product(readings(answer), readings(truth)))
 
 
 def bracket_depth(text: str) -> int:

@@ -6,22 +6,20 @@ out. A process that exceeds the time limit is killed, and the next comparison st
 """
 
 import json
-import queue
 import re
-import subprocess
-import sys
-import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
-from typing import IO, Any
+from typing import Any
 
-from dsv3_ref.config import UserError
+from dsv3_ref.data.worker_process import WorkerProcess, answer_lines
 
 TIMEOUT_S = 5.0  # of one comparison
-STARTUP_TIMEOUT_S = 60.0
 MEMORY_BYTES = 4 << 30  # of address space
 NUMERIC_DIGITS = 1000  # that tell apart numbers such as √2 and √2 + 10⁻²⁰
-READY = "ready"
+MISSING = "comparing mathematical answers needs: pip install 'dsv3-ref[rl]'"
 # What the parser would read as a product of letters or as a sum: words, numbers side by side, and
 # marks that it drops.
 AMBIGUOUS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}|\d\s+\d|\d\s*_|'")
@@ -29,74 +27,49 @@ DECIMAL = re.compile(r"(\d*)\.(\d+)|(\d+)\.(?!\d)")
 DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 
 
-class MathVerifier:
+class TimeLeft:
+    """The seconds that the comparisons of one answer may still take together."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+
+TIME_LEFT: ContextVar[TimeLeft | None] = ContextVar("TIME_LEFT", default=None)
+
+
+@contextmanager
+def limited_together() -> Iterator[None]:
+    """Give all comparisons inside the `with` the time of one: an answer may have many parts."""
+    token = TIME_LEFT.set(TimeLeft(shared_verifier().seconds))
+    try:
+        yield
+    finally:
+        TIME_LEFT.reset(token)
+
+
+class MathVerifier(WorkerProcess):
     """A process that compares answers, started on first use and again after it was killed."""
 
     def __init__(self, seconds: float = TIMEOUT_S):
+        super().__init__(__name__, MISSING)
         self.seconds = seconds
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.lines: queue.Queue[bytes] = queue.Queue()  # of the process, read by a thread
 
     def __call__(self, answer: str, truth: str, **options: Any) -> bool:
         """Return whether an answer equals the right one; False after `seconds`."""
+        left = TIME_LEFT.get() or TimeLeft(self.seconds)
+        if left.seconds <= 0:
+            return False
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
+            self.ensure_started()
+            start = time.monotonic()
             try:
-                self.write_line(json.dumps([answer, truth, options]))
-                return self.read_line(self.seconds) == "true"
-            except (TimeoutError, OSError):
-                self.stop()
+                line = json.dumps([answer, truth, options])
+                return self.ask(line, min(self.seconds, left.seconds)) == "true"
+            except TimeoutError:
+                left.seconds = 0
                 return False
-
-    def start(self) -> None:
-        """Start a process and wait until it has imported its libraries."""
-        command = [sys.executable, "-m", __name__]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert self.process.stdout is not None
-        self.lines = queue.Queue()
-        forward = (self.process.stdout, self.lines)
-        threading.Thread(target=forward_lines, args=forward, daemon=True).start()
-        try:
-            is_ready = self.read_line(STARTUP_TIMEOUT_S) == READY
-        except TimeoutError:
-            is_ready = False
-        if not is_ready:
-            self.stop()
-            raise UserError("comparing mathematical answers needs: pip install 'dsv3-ref[rl]'")
-
-    def write_line(self, line: str) -> None:
-        """Send a line to the process."""
-        assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write(line.encode() + b"\n")
-        self.process.stdin.flush()
-
-    def read_line(self, seconds: float) -> str:
-        """Return the next line of the process, "" if it has died; raise `TimeoutError` if late."""
-        try:
-            return self.lines.get(timeout=seconds).decode().strip()
-        except queue.Empty:
-            raise TimeoutError from None
-
-    def stop(self) -> None:
-        """Kill the process and close its pipes."""
-        process, self.process = self.process, None
-        assert process is not None and process.stdin is not None
-        process.kill()
-        process.wait()
-        with suppress(OSError):  # of what was not sent
-            process.stdin.close()
-
-
-def forward_lines(pipe: IO[bytes], lines: "queue.Queue[bytes]") -> None:
-    """Put the lines of a pipe into a queue, then b"" at its end, and close it."""
-    with pipe:
-        for line in pipe:
-            lines.put(line)
-    lines.put(b"")
+            finally:
+                left.seconds -= time.monotonic() - start
 
 
 @cache
@@ -172,28 +145,22 @@ def compare(answer: str, truth: str, decimals: int | None, are_equations: bool) 
     return is_zero(expression - right, abs(expression) + abs(right))
 
 
-def limit_memory() -> None:
-    """Limit the memory of this process where the system can."""
-    with suppress(ImportError, ValueError):  # Windows; macOS refuses the limit
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+def answer_line(line: str) -> str:
+    """Return "true" or "false" for a line of JSON with an answer, the right one and options."""
+    answer, truth, options = json.loads(line)
+    try:
+        defaults = {"decimals": None, "are_equations": False}
+        result = compare(answer, truth, **defaults | options)
+    except Exception:  # whatever the libraries raise, the answer is not shown to be equal
+        result = False
+    return json.dumps(bool(result))
 
 
 def main() -> None:
     """Compare the pairs of answers on stdin, one line of JSON each, until it closes."""
     import latex2sympy2_extended  # noqa: F401  a missing one ends the process before it is ready
 
-    limit_memory()
-    print(READY, flush=True)
-    for line in sys.stdin:
-        answer, truth, options = json.loads(line)
-        try:
-            defaults = {"decimals": None, "are_equations": False}
-            result = compare(answer, truth, **defaults | options)
-        except Exception:  # whatever the libraries raise, the answer is not shown to be equal
-            result = False
-        print(json.dumps(bool(result)), flush=True)
+    answer_lines(answer_line, MEMORY_BYTES)
 
 
 if __name__ == "__main__":

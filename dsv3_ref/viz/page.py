@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 PAGE_CSS = """
 :root { color-scheme: light; --ink: #1f2430; --soft: #5b6472; --line: #d9dee5; --back: #ffffff;
@@ -74,8 +75,13 @@ def titles(fig: Figure) -> str:
 
 
 def svg(fig: Figure, name: str, alt: str) -> str:
-    """Return a figure as inline SVG in the text color of the page; `name` makes its ids unique."""
+    """Return a figure as inline SVG in the text color of the page; `name` makes its ids unique.
+
+    A name from data may hold $, which begins no formula here.
+    """
     out = io.StringIO()
+    for label in fig.findobj(Text):
+        label.set_parse_math(False)
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         fig.savefig(out, format="svg", transparent=True, metadata=no_metadata, dpi=160)

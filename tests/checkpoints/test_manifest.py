@@ -15,8 +15,10 @@ from miniruns import flip_bit
 from support import randomize
 
 from dsv3_ref.checkpoints import atomic, manifest
+from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.manifest import DamageError, verified, verify, write_manifest
 from dsv3_ref.checkpoints.native import load, load_into, save
+from dsv3_ref.cli.main import main
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 
@@ -222,3 +224,21 @@ def test_json_without_end_is_refused(run, monkeypatch):
     monkeypatch.setattr(atomic, "MAX_JSON_BYTES", 100)
     with pytest.raises(UserError, match="bytes, more than 100"):
         load(step_of(run, 1))
+
+
+@pytest.mark.parametrize("text", ['{"weights": "v1"}', "[]", "not JSON", "{}"])
+def test_a_manifest_of_another_program_is_not_damage(model, tmp_path, text):
+    """Of a model in Hugging Face's format, which has no manifest of ours; but ours is verified."""
+    save_hf(model, tmp_path / "hf")
+    (tmp_path / "hf" / "manifest.json").write_text(text)
+    load(tmp_path / "hf")
+    assert main(["check", str(tmp_path / "hf")]) == 0
+    write_manifest(tmp_path / "hf")
+    load(tmp_path / "hf")
+    flip_bit(tmp_path / "hf" / "model.safetensors", 5000)
+    with pytest.raises(DamageError, match="model.safetensors is damaged"):
+        load(tmp_path / "hf")
+    save(model, tmp_path / "ours")
+    (tmp_path / "ours" / "manifest.json").write_text(text)
+    with pytest.raises(DamageError, match="manifest.json cannot be read"):
+        load(tmp_path / "ours")

@@ -121,7 +121,7 @@ POISON = {
     "[]": "it is a list, not an object with named fields",
     '{"answer": "7"}': 'its "question" is missing or not a string',
     '{"question": "", "answer": "7"}': 'its "question" is missing or not a string',
-    '{"question": "a", "answer": [7]}': '"answer" is not a text or a number',
+    '{"question": "a", "answer": [7]}': '"answer" is not a string or a number',
     '{"question": "a", "cases": []}': '"cases" are not a list',
     '{"question": "a", "cases": "x"}': '"cases" are not a list',
     json.dumps({"question": "a", "answer": "7", "cases": ECHO}): 'both an "answer" and "cases"',

@@ -154,7 +154,7 @@ BAD_ROWS = {
     "images": ({"messages": [ASK, TELL], "images": ["a.jpg"]}, 'it has "images"'),
     "an empty history": ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history"'),
     "no columns of ours": ({"text": "hello", "meta": 1}, "only text, meta"),
-    "null": ({"messages": [ASK | {"content": None}, TELL]}, "turn 1 is not a role with a text"),
+    "null": ({"messages": [ASK | {"content": None}, TELL]}, "turn 1 is not a role with a string"),
 }  # fmt: skip
 
 

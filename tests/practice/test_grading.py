@@ -275,8 +275,8 @@ def test_a_right_answer_to_a_row_earns_1(name, tmp_path):
 @pytest.mark.parametrize(
     "row, why",
     [
-        ({"question": "a", "answer": ""}, '"answer" is not a text or a number, or is empty'),
-        ({"question": "a", "answer": ["1"]}, '"answer" is not a text or a number'),
+        ({"question": "a", "answer": ""}, '"answer" is not a string or a number, or is empty'),
+        ({"question": "a", "answer": ["1"]}, '"answer" is not a string or a number'),
         ({"problem": "a", "solution": "So it is. " * 30}, '"solution" has no final answer'),
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
          '"prompt" is not one user turn'),

@@ -145,8 +145,8 @@ def test_a_begin_token_where_the_directory_says_so(tmp_path):
 
 BAD_CONFIGS = {
     "a token": ({"bos_token": 7}, "bos_token of .* is neither"),
-    "a template": ({"chat_template": 7}, "neither a text nor a list"),
-    "a list": ({"chat_template": [{"name": "default"}]}, "neither a text nor a list"),
+    "a template": ({"chat_template": 7}, "neither a string nor a list"),
+    "a list": ({"chat_template": [{"name": "default"}]}, "neither a string nor a list"),
     "Jinja": ({"chat_template": "{% if %}"}, "is not valid Jinja"),
     "an end token that is not there": ({"eos_token": "<none>"}, "the tokenizer lacks <none>"),
     "no default": ({"chat_template": [{"name": "rag", "template": ""}]}, "called rag, but none"),

@@ -1,5 +1,6 @@
 """A mathematical answer is right only if it is exact, unless the right answer is a decimal."""
 
+import time
 from decimal import Decimal
 from fractions import Fraction
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_ref.verifiers.answers import answers_equal
+from dsv3_ref.verifiers.math_verifier import shared_verifier
 
 INTEGERS = st.integers(-(10**6), 10**6) | st.integers(10**9, 10**30)
 
@@ -72,3 +74,16 @@ def test_a_decimal_answer_needs_six_digits_whatever_its_size(digits, exponent):
     assert not answers_equal("0", truth)
     assert not answers_equal(f"{2 * number:f}", truth)
     assert not answers_equal(f"{number * Decimal('1.00002'):f}", truth)
+
+
+def test_many_slow_parts_take_the_time_of_one(monkeypatch):
+    """Each of nine pairs once took the whole time, and twice as much with separators."""
+    assert answers_equal(r"\sqrt{4}", "2")  # the process is there
+    monkeypatch.setattr(shared_verifier(), "seconds", 1.0)
+    tower = "9^{9^{9^{%d}}}"
+    truth = ", ".join(rf"\sqrt{{{n}}}" for n in (2, 3, 5))
+    start = time.monotonic()
+    assert not answers_equal(", ".join(tower % n for n in (2, 3, 5)), truth)
+    assert time.monotonic() - start < 4
+    monkeypatch.undo()
+    assert answers_equal(truth, truth.replace(" ", "")) and answers_equal(r"\sqrt{4}", "2")
