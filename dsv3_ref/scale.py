@@ -371,9 +371,10 @@ class Overheads(NamedTuple):
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
     hours_lost: float = 0.5  # hours lost per failure
+    accumulation_bytes: int = 16  # moved per parameter and micro-batch to sum gradients in fp32
 
 
-NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0, 0)
 ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
 BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
 GEMM_TFLOPS = {  # of DeepGEMM, for 4,096 rows and more
@@ -434,13 +435,15 @@ def block_parts(
     )
 
     products = sum(gemms.values()) - products
+    recomputed = sum(gemms.get(name, 0) for name in ("w1, w3", "shared w1, w3"))
     between = imbalance * (traffic["SwiGLU"] + traffic["permute, combine"])
     between += traffic["norm of MLP"]
     all_to_all = 0.0
     if not dense:
         all_to_all = imbalance * s * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
     mlp = BlockTime(
-        scale * (products + between) + gap, scale * (products + 2 * between) + 2 * gap,
+        scale * (products + between) + gap,
+        scale * (products + recomputed + 2 * between) + 2 * gap,
         scale * products + gap, all_to_all,
     )  # fmt: skip
     return attention, mlp
@@ -547,6 +550,11 @@ def stage_seconds(
         return times
     stream = overheads.pp_stream_bytes * config.dim * s / rates.ib
     return [t._replace(comm=t.comm + stream) for t in times]
+
+
+def accumulation_seconds(rates: AchievedRates, overheads: Overheads, params: int) -> float:
+    """Return the seconds in which the gradients of a micro-batch are added to those before."""
+    return overheads.accumulation_bytes * params / rates.hbm
 
 
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:

@@ -783,6 +783,7 @@ show(fig)
 # | `straggler_factor` | slowest GPU and link 1.03 | our assumption |
 # | `failure_rate` | 419 in 54 days on 16,384 GPUs | the Llama 3 report |
 # | `hours_lost` | half an hour each | our assumption: restart and work since the checkpoint |
+# | `accumulation_bytes` | 16 per parameter and micro-batch | our trainer: Wgrad writes 4, the sum reads 4 + 4 and writes 4; 8 if Wgrad adds in its epilogue |
 #
 # After the pipeline, gradients are summed and weights gathered over IB, and AdamW moves 20 bytes per number of its shard.
 
@@ -800,9 +801,10 @@ class Overheads(NamedTuple):
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
     hours_lost: float = 0.5  # hours lost per failure
+    accumulation_bytes: int = 16  # moved per parameter and micro-batch to sum gradients in fp32
 
 
-NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0, 0)
 ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
 BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
 GEMM_TFLOPS = {  # of DeepGEMM, for 4,096 rows and more
@@ -863,13 +865,15 @@ def block_parts(
     )
 
     products = sum(gemms.values()) - products
+    recomputed = sum(gemms.get(name, 0) for name in ("w1, w3", "shared w1, w3"))
     between = imbalance * (traffic["SwiGLU"] + traffic["permute, combine"])
     between += traffic["norm of MLP"]
     all_to_all = 0.0
     if not dense:
         all_to_all = imbalance * s * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
     mlp = BlockTime(
-        scale * (products + between) + gap, scale * (products + 2 * between) + 2 * gap,
+        scale * (products + between) + gap,
+        scale * (products + recomputed + 2 * between) + 2 * gap,
         scale * products + gap, all_to_all,
     )  # fmt: skip
     return attention, mlp
@@ -1021,6 +1025,11 @@ def stage_seconds(
     return [t._replace(comm=t.comm + stream) for t in times]
 
 
+def accumulation_seconds(rates: AchievedRates, overheads: Overheads, params: int) -> float:
+    """Return the seconds in which the gradients of a micro-batch are added to those before."""
+    return overheads.accumulation_bytes * params / rates.hbm
+
+
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
     """Return a rank's seconds after the pipeline: (gradients and weights over IB, AdamW).
 
@@ -1072,7 +1081,7 @@ assert results["dualpipe"] < results["zb1p"] < results["1f1b"]
 #
 # ## The bill from first principles
 # Now with every overhead named above. `dsv3 plan` computes the same sum with the parameters that each rank really holds, so
-# we use it here. Its step includes the first five overheads. A slow GPU lengthens it, and each failure costs `lost` hours
+# we use it here. Its step includes the overheads of the pipeline. A slow GPU lengthens it, and each failure costs `lost` hours
 # (failures are per GPU and hour):
 #
 # $$\text{hours} = \frac{\text{GPUs}\cdot\text{step}}{\text{tokens}}\cdot\text{slowest}\cdot(1 + \text{failures}\cdot\text{GPUs}\cdot\text{lost})$$
@@ -1091,7 +1100,7 @@ def wall_clock_factor(overheads: Overheads, gpus: int) -> float:
 
 
 # %%
-from dsv3_ref.cluster.plan import PlanConfig, estimate
+from dsv3_ref.cluster.plan import PlanConfig, estimate, format_waterfall
 
 assert gpu_hours(1.0, 2048, 2048 * 1543) == 1e12 / 1543 / 3600
 
@@ -1105,9 +1114,12 @@ total, best = bill(Overheads()), bill(NO_OVERHEADS)
 print(
     f"without overheads {best / 1e3:.1f}K, with all of them {total / 1e3:.1f}K hours per trillion tokens: {total / REPORT - 1:+.1%} relative to the report"
 )
+print("one step of 15,360 × 4,096 tokens, in seconds:")
+print(format_waterfall(estimate(PlanConfig())))
 doubled = Overheads(
-    load_imbalance=1.2, pp_stream_bytes=8, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0
-)
+    load_imbalance=1.2, pp_stream_bytes=8, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0,
+    accumulation_bytes=32,
+)  # fmt: skip
 less, more = {}, {}
 for field in (
     "gemm_shapes",
@@ -1117,6 +1129,7 @@ for field in (
     "launch_gap",
     "straggler_factor",
     "hours_lost",
+    "accumulation_bytes",
 ):
     less[field] = bill(Overheads()._replace(**{field: getattr(NO_OVERHEADS, field)})) - total
     more[field] = bill(Overheads()._replace(**{field: getattr(doubled, field)})) - total
@@ -1164,7 +1177,7 @@ show(fig)
 
 # %%
 gap = REPORT - total
-print(f"each of these alone would close the gap of {gap / 1e3:.1f}K, by linear extrapolation:")
+print(f"each of these alone would close the gap of {gap / 1e3:+.1f}K, by linear extrapolation:")
 print(f"  the busiest rank at {1.1 + 0.1 * gap / more['load_imbalance']:.2f} × the mean")
 print(
     f"  products at {1 - 0.1 * gap / more['products ±10 %']:.0%} of DeepGEMM's rates, or all compute at {1 - 0.1 * gap / more['compute SMs ±10 %']:.0%}"
@@ -1174,11 +1187,11 @@ print(
 )
 
 # %% [markdown]
-# So the estimate is within a tenth of the report, from below. (The assumptions were made before the first estimate, though
-# with knowledge of the target, and were not changed after it.) But look at the bars. The longest by far is a guess: how much
-# of a benchmark on 132 SMs the remaining 112 achieve. Links and the order of all-to-alls, which are known, hardly matter.
-# Kernels in 2024 were perhaps slower than those of DeepGEMM's first table; if they were a fifth slower, that alone would
-# explain the rest. The order of all-to-alls costs nothing here, since computation takes twice as long as what it hides.
+# So the estimate is within a tenth of the report. (The assumptions were made before the first estimate, though
+# with knowledge of the target, and were not changed after it; the traffic of summing gradients was added later.) But look at
+# the bars. The longest by far is a guess: how much of a benchmark on 132 SMs the remaining 112 achieve. Links and the order
+# of all-to-alls, which are known, hardly matter. The order of all-to-alls costs nothing here, since computation takes twice
+# as long as what it hides.
 #
 # And in dollars, by the report's rental price per hour:
 

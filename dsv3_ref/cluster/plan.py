@@ -9,13 +9,14 @@ import torch
 
 from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.cluster.memory import Bytes, MemorySettings, peak_usage
+from dsv3_ref.cluster.step_time import StepSettings, pipeline_spans, waterfall
 from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import (
     Span,
+    Step,
     max_in_flight,
     min_microbatches,
     schedule,
-    simulate,
     stages_by_rank,
 )
 from dsv3_ref.inference_scale import (
@@ -29,23 +30,20 @@ from dsv3_ref.inference_scale import (
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.build import owning_ranks
+from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
 from dsv3_ref.scale import (
     ACHIEVED_RATES,
     NO_OVERHEADS,
     AchievedRates,
     Overheads,
-    StageCosts,
     attention_flops,
     block_gemms,
     dispatch_bytes,
     dispatch_copies,
     dispatch_rows,
     gpu_hours,
-    pair_factor,
     partition_layers,
-    stage_seconds,
     step_tail,
     wall_clock_factor,
 )
@@ -135,6 +133,7 @@ class Estimate:
     flops: float  # per step, of all GPUs
     spans: list[Span]
     tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
+    step: StepSettings
 
     @property
     def seconds(self) -> float:
@@ -305,6 +304,7 @@ def estimate(plan: PlanConfig) -> Estimate:
     counts, stages = params_by_rank(plan, config)
     settings = memory_settings(plan, config)
     steps = schedule(plan.schedule, plan.pp, settings.microbatches)
+    step = step_settings(plan, config, steps)
     usage = [peak_usage(settings, rank) for rank in range(plan.pp)]
     return Estimate(
         plan=plan,
@@ -315,18 +315,27 @@ def estimate(plan: PlanConfig) -> Estimate:
         sent=bytes_sent(plan, config, counts, stages),
         communicators=count_communicators(plan, config),
         flops=step_flops(plan, config),
-        spans=simulate(steps, stage_times(plan, config)),
+        spans=pipeline_spans(step, plan.rates, plan.overheads),
+        step=step,
         tail=max(sum(step_tail(plan.rates, rank)) for rank in counts),
     )
 
 
-def stage_times(plan: PlanConfig, config: Config) -> StageCosts:
-    """Return the durations of each stage's actions, overheads included."""
-    layers = partition_layers(config, num_stages(plan))
-    copies = dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
-    seconds = stage_seconds(config, plan.rates, layers, plan.seq_len, copies, plan.overheads)
-    factor = pair_factor(config, plan.rates, plan.seq_len, copies, plan.overheads)
-    return StageCosts(seconds, factor)
+def step_settings(plan: PlanConfig, config: Config, steps: list[list[Step]]) -> StepSettings:
+    """Return what the duration of the pipeline depends on, apart from rates and overheads."""
+    n = num_stages(plan)
+    params = params_by_stage(config, n, plan.ep)
+    return StepSettings(config, steps, n, plan.seq_len, plan.ep, plan.ep_ranks_per_node, params)
+
+
+@cache
+def params_by_stage(config: Config, num_stages: int, ep: int) -> list[int]:
+    """Return the number of parameters of each stage on a rank."""
+    counts = [0] * num_stages
+    for name, w in meta_model(config).named_parameters():
+        for stage in stages_with_param(name, config, num_stages):
+            counts[stage] += w.numel() // (ep if is_expert(name) else 1)
+    return counts
 
 
 def validate_plan(plan: PlanConfig, config: Config) -> None:
@@ -457,6 +466,17 @@ def format_usage(result: Estimate) -> str:
     return "\n".join(lines)
 
 
+def format_waterfall(result: Estimate) -> str:
+    """Return what each assumption adds to a step, and the sum beside the report's step."""
+    plan, tokens = result.plan, result.plan.global_batch_size * result.plan.seq_len
+    factor = wall_clock_factor(plan.overheads, result.gpus)
+    added = waterfall(result.step, plan.rates, plan.overheads, result.tail, factor)
+    lines = [f"  {name:42}{seconds:+8.2f}" for name, seconds in added.items()]
+    report = REPORT_HOURS * 3600 / result.gpus * tokens / 1e12
+    lines.append(f"  {'sum':42}{sum(added.values()):8.2f}; at the report's hours {report:.2f}")
+    return "\n".join(lines)
+
+
 def format_estimate(result: Estimate) -> str:
     """Return the estimate as text."""
     plan, m = result.plan, result.plan.rates
@@ -469,7 +489,9 @@ def format_estimate(result: Estimate) -> str:
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
     communicators = ", ".join(f"{k} {n}" for k, n in result.communicators.items() if n)
     mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}"
+    left = f"leaves {(m.memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, CUDA's context"
     memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
+    memory += f" and {left}" if top <= m.memory else ""
     duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
     cost = f"${result.hours * m.dollars_per_hour / 1e3:,.0f}K at ${m.dollars_per_hour:g} per hour"
     return f"""\
@@ -486,6 +508,8 @@ sent by a GPU per step (the rank that sends most):
 communicators per GPU: {sum(result.communicators.values())} ({communicators})
 
 step: {result.flops:.3g} FLOPs; {duration}
+the step as a sum, in seconds, in the order in which assumptions are added (chapter 17):
+{format_waterfall(result)}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
 overheads assumed (chapter 17): {overheads}
 {result.hours / 1e3:,.1f}K GPU hours per trillion tokens, {cost}; \

@@ -1,0 +1,214 @@
+"""All tensors that real ranks hold after each step of a schedule, beside the plan, to the byte."""
+
+import gc
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from gang import Gang
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dsv3_ref import fp8, ops
+from dsv3_ref.cluster.memory import MemorySettings, usage_after_steps
+from dsv3_ref.config import TINY
+from dsv3_ref.optim import RECIPES
+from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.mesh import Mesh
+from dsv3_ref.parallel.pipeline import PipelineRun
+from dsv3_ref.scale import dispatch_rows
+from dsv3_ref.training.recompute import saved_tensors
+
+CONFIG = replace(
+    TINY, vocab_size=500, n_layers=5, n_dense_layers=1, n_routed_experts=16,
+    n_activated_experts=4, embed_std=0.02,
+)  # fmt: skip
+S = 48  # tokens of a micro-batch
+WORKING_SET = 8_000_000  # FP8 is emulated in fp32, weights included
+
+
+# ── Counting ──
+
+
+class LiveStorages(TorchDispatchMode):
+    """The memory of every tensor that exists: those of before, and all results of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.before, self.working_set = 0, 0
+        self.inside, self.num_calls = False, 0
+        for x in gc.get_objects():
+            if isinstance(x, torch.Tensor):
+                self.add(x)
+
+    def add(self, x: torch.Tensor) -> None:
+        if x.device.type == "cpu":
+            memory = x.untyped_storage()
+            if memory._cdata not in self.live:
+                self.live[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        result = fn(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.add(x)
+        self.num_calls += 1
+        if self.inside and self.num_calls % 8 == 0:
+            self.working_set = max(self.working_set, self.total() - self.before)
+        return result
+
+    def sizes(self) -> dict[int, int]:
+        """Bytes by the address of the storage, of those that are still alive."""
+        self.live = {k: (ref, n) for k, (ref, n) in self.live.items() if not ref.expired()}
+        return {k: n for k, (_, n) in self.live.items()}
+
+    def total(self) -> int:
+        return sum(self.sizes().values())
+
+
+def addresses(*values) -> set[int]:
+    """Addresses of the storages of all tensors in nested values."""
+    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
+
+
+def closure_values(deferred) -> list:
+    """Values that the functions of deferred weight gradients hold."""
+    cells = []
+    for calls in deferred.values():
+        for _, wgrad in calls:
+            cells += [cell.cell_contents for cell in wgrad.__closure__ or ()]
+    return cells
+
+
+class Lean(torch.autograd.Function):
+    """Attention that saves what kernels save: inputs, output, a number per head and row."""
+
+    @staticmethod
+    def forward(ctx, scale, *qkv):
+        ctx.scale, o = scale, ops.IMPLS["attention"]["torch"](*qkv, scale).contiguous()
+        ctx.save_for_backward(*qkv, o, torch.empty(qkv[0].shape[:3]))
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            qkv = [x.detach().requires_grad_() for x in ctx.saved_tensors[:3]]
+            o = ops.IMPLS["attention"]["torch"](*qkv, ctx.scale)
+        return None, *torch.autograd.grad(o, qkv, g)
+
+
+def evenly(scores_bse, topk, *_):
+    """Choose experts at equal distances: every token has as many on every rank."""
+    e = scores_bse.shape[-1]
+    first_s = torch.arange(scores_bse.shape[1])
+    ids_sk = (first_s[:, None] + torch.arange(0, e, e // topk)) % e
+    return ids_sk.expand(len(scores_bse), -1, -1).contiguous()
+
+
+@contextmanager
+def kernels_like():
+    """FP8 with attention that saves what kernels do, and with even routes."""
+    ops.impl("attention", "lean")(lambda q, k, v, scale: Lean.apply(scale, q, k, v))
+    ops.impl("group_limited_topk", "even")(evenly)
+    with ops.use("lean", "even", "fp8", "auto"):
+        yield
+
+
+def bytes_by_kind(live: LiveStorages, run: PipelineRun, known: set[int]) -> Counter:
+    """Bytes of everything alive that was not there before, by what holds it.
+
+    Whatever nothing else holds is an activation.
+    """
+    p2p, statistics = run.p2p, run.microbatches[0].stats
+    messages = [x for _, x in p2p.sent.values()], [x for _, x in p2p.pending.values()]
+    quantized = [[reference() for reference in pair] for _, *pair in fp8.WEIGHT_CACHE.values()]
+    groups = {
+        "messages": addresses(messages, list(p2p.local.values())),
+        "wgrads": addresses(closure_values(run.deferred_wgrads)),
+        "copies of weights": addresses(quantized),
+        "losses and loads": addresses(list(vars(statistics).values())),
+    }
+    linear = run.pipeline.stages.values()
+    modules = [m for s in linear for m in s.model.modules() if isinstance(m, torch.nn.Linear)]
+    cast = {2 * m.weight.numel() for m in modules}  # copies in bf16 that autocast makes
+    found: Counter = Counter()
+    for address, size in live.sizes().items():
+        if address not in known:
+            kinds = [kind for kind, group in groups.items() if address in group]
+            kinds.append("copies of weights" if size in cast else "activations")
+            found[kinds[0]] += size
+    return found
+
+
+def count_step(shape, name: str, batch: int, ranks_per_node: int):
+    """Return (pp rank, bytes by kind after each step of the schedule, the most within a step)."""
+    mesh, recipe = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
+    engine = ParallelEngine(
+        CONFIG, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True
+    )
+    rows = torch.randint(CONFIG.vocab_size, (batch, S + 1))
+    counted, run_step = [], PipelineRun.run_step
+
+    def measured_step(run, step):
+        live.before, live.inside = live.total(), True
+        run_step(run, step)
+        live.inside = False
+        counted.append(bytes_by_kind(live, run, known))
+
+    def train():
+        with saved_tensors(True), torch.autocast("cpu", torch.bfloat16):
+            engine.train_step(rows, recipe, 1e-3, 1e-3, 0.3)
+
+    with kernels_like(), pytest.MonkeyPatch.context() as patch:
+        train()  # the optimizer allocates its moments
+        gc.collect()
+        with LiveStorages() as live:
+            known = set(live.sizes())
+            patch.setattr(PipelineRun, "run_step", measured_step)
+            train()
+    return mesh.pp_rank, counted, live.working_set
+
+
+# ── The test ──
+
+
+@pytest.fixture(scope="module")
+def gang():
+    pool = Gang()
+    yield pool
+    pool.stop()
+
+
+def settings(name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int):
+    """Return what the plan of such a mesh depends on."""
+    num_stages = 2 * pp if name == "dualpipev" else pp
+    with kernels_like():
+        rows = dispatch_rows(CONFIG, ep, ranks_per_node or ep)
+    return MemorySettings(CONFIG, name, pp, ep, num_stages, microbatches, S, True, 4, rows)
+
+
+SHORT = [(name, 2, 2, 0, 4) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
+LONG = [
+    ("1f1b", 4, 1, 0, 6), ("1f1b", 2, 4, 2, 3), ("zb1p", 4, 2, 0, 6), ("gpipe", 2, 2, 0, 3),
+    ("dualpipe", 4, 2, 0, 10), ("dualpipe", 2, 4, 2, 6), ("dualpipev", 2, 4, 0, 5),
+]  # fmt: skip
+CASES = [*SHORT, *(pytest.param(*case, marks=pytest.mark.full) for case in LONG)]
+
+
+@pytest.mark.parametrize("name, pp, ep, ranks_per_node, m", CASES)
+def test_ranks_hold_what_was_planned_to_the_byte(name, pp, ep, ranks_per_node, m, gang):
+    """After every step of the schedule, not only at the peak, and on every rank."""
+    at = settings(name, pp, ep, m, ranks_per_node)
+    mesh = (pp, 1, ep)
+    for rank, counted, within in gang.run(pp * ep, count_step, mesh, name, m * ep, ranks_per_node):
+        planned = usage_after_steps(at, rank)
+        for i, (want, got) in enumerate(zip(planned, counted, strict=True)):
+            wgrads, messages = want["deferred weight gradients"], want["messages"]
+            assert got["messages"] == messages, (rank, i)
+            assert got["wgrads"] == wgrads, (rank, i)
+            assert got["activations"] == want.total() - wgrads - messages, (rank, i)
+        assert within < WORKING_SET
