@@ -366,12 +366,12 @@ class Overheads(NamedTuple):
     gemm_shapes: bool = True  # matrix products run at the rate of their shape
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
     pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
-    pp_stream_bytes: int = 4  # bytes per number sent between pipeline stages
+    pp_stream_bytes: int = 2  # bytes per number sent between pipeline stages
     launch_gap: float = 2e-6  # seconds between two kernels
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
     hours_lost: float = 0.5  # hours lost per failure
-    accumulation_bytes: int = 16  # moved per parameter and micro-batch to sum gradients in fp32
+    accumulation_bytes: int = 8  # moved per parameter and micro-batch to sum gradients in fp32
 
 
 NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0, 0)

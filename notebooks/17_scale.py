@@ -778,12 +778,12 @@ show(fig)
 # | `gemm_shapes` | each product at the rate of its own shape | DeepGEMM's first table: wkv_b 590, wq_b 990, experts 1,288 and 1,093 … TFLOP/s; dense MLP unmeasured, 1,358 |
 # | `load_imbalance` | busiest rank 1.1 × the mean | our assumption |
 # | `pair_order` | an all-to-all waits for its input | the order of F&B in Figure 4 of §3.2.1, simulated |
-# | `pp_stream_bytes` | 4 bytes per number between stages | our trainer; shares IB with the all-to-alls |
+# | `pp_stream_bytes` | 2 bytes per number between stages | our trainer; shares IB with the all-to-alls |
 # | `launch_gap` | 2 µs between two kernels, 12 per half block and pass | our assumption |
 # | `straggler_factor` | slowest GPU and link 1.03 | our assumption |
 # | `failure_rate` | 419 in 54 days on 16,384 GPUs | the Llama 3 report |
 # | `hours_lost` | half an hour each | our assumption: restart and work since the checkpoint |
-# | `accumulation_bytes` | 16 per parameter and micro-batch | our trainer: Wgrad writes 4, the sum reads 4 + 4 and writes 4; 8 if Wgrad adds in its epilogue |
+# | `accumulation_bytes` | 8 per parameter and micro-batch | our kernels: Wgrad reads and writes the sum in fp32; 16 if it is added in a pass of its own |
 #
 # After the pipeline, gradients are summed and weights gathered over IB, and AdamW moves 20 bytes per number of its shard.
 
@@ -796,12 +796,12 @@ class Overheads(NamedTuple):
     gemm_shapes: bool = True  # matrix products run at the rate of their shape
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
     pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
-    pp_stream_bytes: int = 4  # bytes per number sent between pipeline stages
+    pp_stream_bytes: int = 2  # bytes per number sent between pipeline stages
     launch_gap: float = 2e-6  # seconds between two kernels
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
     hours_lost: float = 0.5  # hours lost per failure
-    accumulation_bytes: int = 16  # moved per parameter and micro-batch to sum gradients in fp32
+    accumulation_bytes: int = 8  # moved per parameter and micro-batch to sum gradients in fp32
 
 
 NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0, 0)
@@ -1117,8 +1117,8 @@ print(
 print("one step of 15,360 × 4,096 tokens, in seconds:")
 print(format_waterfall(estimate(PlanConfig())))
 doubled = Overheads(
-    load_imbalance=1.2, pp_stream_bytes=8, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0,
-    accumulation_bytes=32,
+    load_imbalance=1.2, pp_stream_bytes=4, launch_gap=4e-6, straggler_factor=1.06, hours_lost=1.0,
+    accumulation_bytes=16,
 )  # fmt: skip
 less, more = {}, {}
 for field in (

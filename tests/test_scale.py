@@ -62,7 +62,7 @@ def hours(overheads=None, **options) -> float:
 
 
 def test_the_assumptions_of_chapter_17_stand_as_data():
-    assert Overheads() == (True, 1.1, True, 4, 2e-6, 1.03, 419 / (54 * 24 * 16384), 0.5, 16)
+    assert Overheads() == (True, 1.1, True, 2, 2e-6, 1.03, 419 / (54 * 24 * 16384), 0.5, 8)
     assert memory_traffic(V3, dense=False) == {
         "norms of attention": 17 * 7168 + 5 * (1536 + 512),
         "RoPE, quantized heads": 8 * 128 * 192 + 3.5 * 128 * 128,

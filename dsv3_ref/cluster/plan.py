@@ -30,6 +30,7 @@ from dsv3_ref.inference_scale import (
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
+from dsv3_ref.parallel.bucket import rank_state_bytes
 from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
 from dsv3_ref.scale import (
@@ -105,13 +106,14 @@ class PlanConfig:
 class RankMemory(NamedTuple):
     """Bytes on one GPU of a pipeline rank by kind, and on its host."""
 
-    weights: int  # with the copies in FP8 or bf16 that a step computes with
+    weights: int  # FP8 with scales in linear layers of blocks, bf16 or fp32 elsewhere
+    masters: int  # fp32
     gradients: int
     moments: int
     activations: int
     wgrads: int  # operands of deferred weight gradients
     messages: int  # between stages: sent and not known to have arrived, or received in advance
-    host: int  # averaged weights
+    host: int  # averaged masters
 
     @property
     def gpu(self) -> int:
@@ -201,9 +203,6 @@ def count_params_by_rank(
     return counts, stages
 
 
-STREAM_BYTES = 4  # per number of the residual stream and of messages between stages
-
-
 def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
     """Return what the memory of a rank depends on besides its weights."""
     per_pipeline = plan.global_batch_size // (plan.dp * plan.ep)
@@ -216,30 +215,24 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
         microbatches=min_microbatches(plan.schedule, plan.pp, per_pipeline),
         tokens=plan.seq_len,
         fp8=plan.precision == "fp8",
-        stream=STREAM_BYTES,
+        stream=2,  # bf16 in both precisions
         rows=dispatch_rows(config, plan.ep, plan.ep_ranks_per_node),
     )
 
 
-def rank_memory(plan: PlanConfig, counts: ParamCounts, usage: Bytes) -> RankMemory:
-    """Return a rank's memory.
-
-    Parameters are in fp32 and are their own master weights, gradients are in fp32, moments in bf16;
-    FP8 codes have scales.
-    """
-    total = sum(counts.values())
-    slices = sum(n / (num_summed if plan.zero else 1) for (num_summed, _), n in counts.items())
-    in_gemms = sum(n for (_, is_fp8), n in counts.items() if is_fp8)
-    codes = in_gemms * (1 + 4 / 128**2) if plan.precision == "fp8" else 2 * in_gemms
+def rank_memory(plan: PlanConfig, config: Config, rank: int, usage: Bytes) -> RankMemory:
+    """Return the memory of a pipeline rank."""
+    stages = stages_by_rank(plan.schedule, plan.pp)
+    state = rank_state_bytes(
+        config, stages, rank, plan.dp, plan.ep, plan.precision, sharded=plan.zero
+    )
     wgrads, messages = usage["deferred weight gradients"], usage["messages"]
     return RankMemory(
-        weights=round(4 * total + codes),
-        gradients=round(4 * total + 4 * slices * plan.zero),
-        moments=round(4 * slices),
+        *state,
         activations=usage.total() - wgrads - messages,
         wgrads=wgrads,
         messages=messages,
-        host=4 * total,
+        host=state.moments,  # the average of the shard in fp32, as large as two moments in bf16
     )
 
 
@@ -274,7 +267,7 @@ def bytes_sent(
         2 * copies * tokens * num_moe_layers  # forward and backward
         for copies in dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
     )
-    pipeline = 2 * len(stages[0]) * tokens * 4 * config.dim if plan.pp > 1 else 0
+    pipeline = 2 * len(stages[0]) * tokens * 2 * config.dim if plan.pp > 1 else 0
     gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in counts)
     return {
         "experts, across nodes": round(across * row_bytes),
@@ -309,7 +302,7 @@ def estimate(plan: PlanConfig) -> Estimate:
     return Estimate(
         plan=plan,
         model=config,
-        ranks=[rank_memory(plan, rank, peak) for rank, peak in zip(counts, usage)],
+        ranks=[rank_memory(plan, config, rank, peak) for rank, peak in enumerate(usage)],
         usage=usage,
         in_flight=max_in_flight(steps),
         sent=bytes_sent(plan, config, counts, stages),

@@ -148,8 +148,9 @@ def count_step(shape, name: str, batch: int, ranks_per_node: int):
     """Return (pp rank, bytes by kind after each step of the schedule, the most within a step)."""
     mesh, recipe = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
     engine = ParallelEngine(
-        CONFIG, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True
-    )
+        CONFIG, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True,
+        precision="fp8",
+    )  # fmt: skip
     rows = torch.randint(CONFIG.vocab_size, (batch, S + 1))
     counted, run_step = [], PipelineRun.run_step
 
@@ -188,7 +189,7 @@ def settings(name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int
     num_stages = 2 * pp if name == "dualpipev" else pp
     with kernels_like():
         rows = dispatch_rows(CONFIG, ep, ranks_per_node or ep)
-    return MemorySettings(CONFIG, name, pp, ep, num_stages, microbatches, S, True, 4, rows)
+    return MemorySettings(CONFIG, name, pp, ep, num_stages, microbatches, S, True, 2, rows)
 
 
 SHORT = [(name, 2, 2, 0, 4) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
