@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dsv3_ref import fp8, ops
+from dsv3_ref import ops
 from dsv3_ref.cluster.memory import MemorySettings, usage_after_steps
 from dsv3_ref.config import TINY
 from dsv3_ref.optim import RECIPES
@@ -27,7 +27,7 @@ CONFIG = replace(
     n_activated_experts=4, embed_std=0.02,
 )  # fmt: skip
 S = 48  # tokens of a micro-batch
-WORKING_SET = 8_000_000  # FP8 is emulated in fp32, weights included
+WORKING_SET = 4_000_000  # within a step: FP8 is emulated in fp32, weights included
 
 
 # ── Counting ──
@@ -125,22 +125,16 @@ def bytes_by_kind(live: LiveStorages, run: PipelineRun, known: set[int]) -> Coun
     """
     p2p, statistics = run.p2p, run.microbatches[0].stats
     messages = [x for _, x in p2p.sent.values()], [x for _, x in p2p.pending.values()]
-    quantized = [[reference() for reference in pair] for _, *pair in fp8.WEIGHT_CACHE.values()]
     groups = {
         "messages": addresses(messages, list(p2p.local.values())),
         "wgrads": addresses(closure_values(run.deferred_wgrads)),
-        "copies of weights": addresses(quantized),
         "losses and loads": addresses(list(vars(statistics).values())),
     }
-    linear = run.pipeline.stages.values()
-    modules = [m for s in linear for m in s.model.modules() if isinstance(m, torch.nn.Linear)]
-    cast = {2 * m.weight.numel() for m in modules}  # copies in bf16 that autocast makes
     found: Counter = Counter()
     for address, size in live.sizes().items():
         if address not in known:
             kinds = [kind for kind, group in groups.items() if address in group]
-            kinds.append("copies of weights" if size in cast else "activations")
-            found[kinds[0]] += size
+            found[[*kinds, "activations"][0]] += size
     return found
 
 
