@@ -124,6 +124,20 @@ def attention_flops(config: Config, s: int) -> tuple[float, float]:
     return config.n_heads * (s + 1) * (x + v), config.n_heads * (s + 1) * (3 * x + 2 * v)
 
 
+def training_flops_per_token(config: Config, s: int) -> float:
+    """Return the FLOPs per token of forward and backward pass over rows of s tokens, with MTP.
+
+    The backward pass counts twice the forward pass, recomputation does not count: the *model
+    FLOPs* whose rate is divided by the peak in MFU.
+    """
+    head, projection = config.vocab_size * config.dim, 2 * config.dim**2
+    forward = 2.0 * head * (1 + config.n_mtp_layers) + 2.0 * projection * config.n_mtp_layers
+    for i in range(config.n_layers + config.n_mtp_layers):
+        gemms = block_gemms(config, i < config.n_dense_layers)
+        forward += sum(gemm.flops for gemm in gemms.values()) + attention_flops(config, s)[0]
+    return 3 * forward
+
+
 # %%
 from torch.utils.flop_counter import FlopCounterMode
 

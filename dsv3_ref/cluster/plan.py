@@ -38,14 +38,13 @@ from dsv3_ref.scale import (
     NO_OVERHEADS,
     AchievedRates,
     Overheads,
-    attention_flops,
-    block_gemms,
     dispatch_bytes,
     dispatch_copies,
     dispatch_rows,
     gpu_hours,
     partition_layers,
     step_tail,
+    training_flops_per_token,
     wall_clock_factor,
 )
 from dsv3_ref.training.settings import check_rules, mesh_rules
@@ -279,15 +278,8 @@ def bytes_sent(
 
 def step_flops(plan: PlanConfig, config: Config) -> float:
     """Return the FLOPs of a step, forward and backward, without recomputation."""
-    attention = sum(attention_flops(config, plan.seq_len))
-    per_token = 0.0
-    for i in [*range(config.n_layers), *[config.n_layers] * config.n_mtp_layers]:
-        gemms = block_gemms(config, i < config.n_dense_layers).values()
-        per_token += 3 * sum(gemm.flops for gemm in gemms) + attention
-    head_columns = (1 + config.n_mtp_layers) * config.vocab_size
-    projection_columns = 2 * config.n_mtp_layers * config.dim
-    per_token += 6 * config.dim * (head_columns + projection_columns)
-    return per_token * plan.global_batch_size * plan.seq_len
+    tokens = plan.global_batch_size * plan.seq_len
+    return training_flops_per_token(config, plan.seq_len) * tokens
 
 
 def estimate(plan: PlanConfig) -> Estimate:

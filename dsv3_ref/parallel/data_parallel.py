@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv3_ref.checkpoints import manifest
 from dsv3_ref.checkpoints.sharded import gather_results
 from dsv3_ref.config import UserError
+from dsv3_ref.parallel.watchdog import pop_waited_seconds, track_operation
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import SingleProcess
@@ -67,6 +68,20 @@ def find_damage_on_ranks(folder: Path) -> str | None:
     own = manifest.find_damage(folder, dist.get_rank(), dist.get_world_size())
     dist.all_gather_object(damages, own)
     return next(filter(None, damages), None)
+
+
+def straggler_metrics(seconds: float, device: torch.device) -> dict[str, Any]:
+    """Return which rank was busy longest in a step, and its time over the median of all ranks.
+
+    seconds: duration of the step on this rank; what it waited for other ranks does not count. The
+    clock is the host's: on CUDA it includes what the host waits for its own device.
+    """
+    busy_r = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
+    busy_r[dist.get_rank()] = max(seconds - pop_waited_seconds(), 1e-9)
+    dist.all_reduce(busy_r)
+    slowest = int(busy_r.argmax())
+    ratio = float(busy_r[slowest] / busy_r.quantile(0.5))
+    return {"slowest_rank": slowest, "slowest_rank_ratio": round(ratio, 4)}
 
 
 class DataParallel(SingleProcess):
@@ -124,11 +139,16 @@ class DataParallel(SingleProcess):
         """Average gradients and losses over ranks and sum the loads, as one process has them."""
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
+            with track_operation("average of gradients", range(self.dp_size)):
+                dist.all_reduce(p.grad)
             p.grad /= self.dp_size
         dist.all_reduce(sums)
         dist.all_reduce(load_le)
         return sums / self.dp_size, load_le
+
+    def straggler_metrics(self, seconds: float) -> dict[str, Any]:
+        """Return which rank computed longest in a step of so many seconds."""
+        return straggler_metrics(seconds, self.device)
 
     # ── Collective operations ──
 

@@ -191,12 +191,14 @@ class Mesh(MeshLayout):
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """Sum x over all ranks in place and return it."""
-        dist.all_reduce(x)
+        with track_operation("sum over all ranks", range(self.world)):
+            dist.all_reduce(x)
         return x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Take the maximum of x over all ranks in place and return it."""
-        dist.all_reduce(x, dist.ReduceOp.MAX)
+        with track_operation("maximum over all ranks", range(self.world)):
+            dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
 

@@ -23,6 +23,7 @@ from dsv3_ref.parallel.data_parallel import (
     call_on_ranks,
     find_damage_on_ranks,
     largest_on_ranks,
+    straggler_metrics,
 )
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
@@ -181,6 +182,10 @@ class MeshParallel:
     def step_metrics(self) -> dict:
         """Return the traffic of the last step's all-to-alls."""
         return self.engine.comm_stats()
+
+    def straggler_metrics(self, seconds: float) -> dict[str, Any]:
+        """Return which rank computed longest in a step of so many seconds."""
+        return straggler_metrics(seconds, self.device)
 
     def load_whole_model(self, run_dir: Path) -> Transformer | None:
         """Load the whole model of a finished run onto this rank's device; None if it cannot fit.

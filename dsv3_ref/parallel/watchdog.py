@@ -32,6 +32,7 @@ MAX_MISSED_HEARTBEATS = 5  # after more of them the process counts as stopped or
 
 _stack: list[tuple[str, dist.ProcessGroup | Iterable[int]]] = []  # operations, outer ones first
 _since = time.monotonic()  # when the innermost operation started, or the one within it ended
+_waited_s = 0.0  # time in operations that wait for other ranks
 
 
 def collective_timeout(seconds: float) -> timedelta:
@@ -66,14 +67,23 @@ def track_operation(
 
     Both ends of a transfer use the same name, and so do all ranks of a collective.
     """
-    global _since
+    global _since, _waited_s
     _stack.append((operation, waits_for))
-    _since = time.monotonic()
+    start = _since = time.monotonic()
     try:
         yield
     finally:
         _stack.pop()
         _since = time.monotonic()
+        if waits_for and not any(group for _, group in _stack):
+            _waited_s += _since - start
+
+
+def pop_waited_seconds() -> float:
+    """Return how long this process has waited for other ranks since the last call."""
+    global _waited_s
+    seconds, _waited_s = _waited_s, 0.0
+    return seconds
 
 
 def current_operation() -> RankState:

@@ -17,7 +17,7 @@ from dsv3_ref.data.tokenizer_settings import copy_tokenizer_settings
 from dsv3_ref.moe import max_vio
 from dsv3_ref.optim import get_bias_update_rate, get_lr, get_mtp_weight
 from dsv3_ref.pretrain import StepStats
-from dsv3_ref.training import checkpointer, settings
+from dsv3_ref.training import checkpointer, profiling, settings
 from dsv3_ref.checkpoints.native import step_number
 from dsv3_ref.training.checkpointer import Checkpointer
 from dsv3_ref.training.malloc import tune_malloc
@@ -42,16 +42,24 @@ def train(
     checkpoint is never ranked nor rolled back to, so the resumed run equals an undisturbed one.
     signals: the signals received so far.
     """
-    run = start_run(task, strategy, run_dir, command)
+    with profiling.deterministic(task.config.deterministic):
+        run_steps(start_run(task, strategy, run_dir, command), signals)
+
+
+def run_steps(run: Run, signals: list[int]) -> None:
+    """Load the newest checkpoint, take the remaining steps and write the results."""
+    task, strategy, run_dir = run.task, run.strategy, run.run_dir
     state, checkpoints = run.state, Checkpointer(run)
     checkpoints.load_latest()
     every = run.config.save_every or max(1, run.num_steps // 10)
     row: dict[str, Any] | None = None
+    profiling.require_device(run.config, strategy.device)
     with open_main_log(run) as write_row, catch_interrupt(signals):
         while state.step < run.num_steps:
             if state.spike_guard.should_roll_back:
                 roll_back(run, checkpoints)
-            row = take_step(run)
+            with profiling.profile_step(run.config, run_dir, state.step + 1, strategy.device):
+                row = take_step(run)
             is_due = state.step == run.num_steps or state.step % every == 0
             if is_due:
                 row |= task.validate(run)
@@ -129,10 +137,14 @@ def take_step(run: Run) -> dict[str, Any]:
     state.tokens += int(num_tokens)
     state.seconds += seconds
     row = {"step": state.step, "tokens": state.tokens} | stats_row(run, stats)
+    rate_per_device = num_tokens / seconds / settings.world_size()
+    row |= run.strategy.straggler_metrics(seconds)
     return run.task.metrics(run, row) | {
         "lr": hyperparams.lr, "bias_update_rate": hyperparams.bias_update_rate,
         "mtp_weight": hyperparams.mtp_weight, "batch_size": len(batch),
-        "tokens_per_s": num_tokens / seconds, "seconds": state.seconds,
+        "tokens_per_s": num_tokens / seconds, "tokens_per_s_per_device": rate_per_device,
+        "mfu": profiling.mfu(run.config, run.strategy.device, rate_per_device),
+        "seconds": state.seconds,
     }  # fmt: skip
 
 

@@ -126,6 +126,20 @@ class TrainConfig:
     """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
     hang_timeout: float = 600.0
     """seconds that one operation may take before all ranks exit and report the late one"""
+    deterministic: bool = False
+    """use deterministic algorithms only: a run on the same GPUs repeats bit for bit, more slowly"""
+    profile: tuple[int, ...] = ()
+    """steps of which torch.profiler records a trace, logs/profile-*.json.gz in the run"""
+    memory_snapshot: tuple[int, ...] = ()
+    """steps of which CUDA's allocations are recorded, logs/memory-*.pickle, for
+    pytorch.org/memory_viz"""
+    profile_ranks: tuple[int, ...] = (0,)
+    """ranks that record --profile and --memory-snapshot"""
+    peak_tflops: float = 0.0
+    """peak of a device in TFLOP/s, for `mfu`; 0: that of the data sheet, if the GPU is known"""
+    expert_load_every: int = 0
+    """steps between rows of expert loads and biases; 0: 1, or 10 for models with more than 2,048
+    routed experts in all layers, whose rows are in expert_load.jsonl.gz"""
     log: tuple[LoggerName, ...] = ()
     """also log to tensorboard, wandb or mlflow, offline in the run's directory (pip install
     'dsv3-ref[wandb]' and so on)"""
@@ -170,6 +184,11 @@ def check_rules(rules: Iterable[Rule]) -> None:
     for holds, sentence in rules:
         if not holds:
             raise UserError(sentence)
+
+
+def num_restarts() -> int:
+    """Return how often torchrun has started these ranks again after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def world_size() -> int:
@@ -220,6 +239,16 @@ def common_rules(args: TrainConfig) -> list[Rule]:
             "--micro-batch and --save-every must be at least 0",
         ),
         (0 <= args.ema_decay < 1, "--ema-decay must be from 0 to below 1"),
+        (
+            args.peak_tflops >= 0 and math.isfinite(args.peak_tflops),
+            "--peak-tflops must be a number of at least 0",
+        ),
+        (args.expert_load_every >= 0, "--expert-load-every must be at least 0"),
+        (
+            min((1, *args.profile, *args.memory_snapshot)) >= 1,
+            "--profile and --memory-snapshot count steps from 1",
+        ),
+        (min((0, *args.profile_ranks)) >= 0, "--profile-ranks counts ranks from 0"),
         (
             args.skip_grad_norm_factor == 0 or args.skip_grad_norm_factor > 1,
             "--skip-grad-norm-factor must be above 1, or 0 for no limit",
@@ -315,6 +344,11 @@ def parse_args(
     first.add_argument("--resume", action="store_true", default=file.get("resume", kind))
     known = first.parse_known_args(argv)[0]
     config = known.config or (config_name_of(Path(known.init)) if known.init else "tiny")
+    if num_restarts() and not known.resume:
+        folder = newest_run_dir(kind, config, Path(known.out) if known.out else None)
+        if (folder / "run.json").is_file():
+            known.resume, known.out = True, str(folder)
+            argv = [*argv, "--resume"]
     if known.resume:
         before = load_saved_args(
             Path(known.out) if known.out else newest_run_dir(kind, config), kind
@@ -347,6 +381,8 @@ def config_name_of(init: Path) -> str:
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
     "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero",
+    "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
+    "expert_load_every",
     "ep_ranks_per_node", "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 
@@ -396,10 +432,13 @@ def candidate_run_dirs(
     yield from (base.with_name(f"{base.name}-{i}") for i in count(2))
 
 
-def newest_run_dir(kind: type[TrainConfig], config: str) -> Path:
-    """Return the last of runs/<config>, runs/<config>-2, … that exists, or runs/<config>."""
-    existing = list(takewhile(Path.exists, candidate_run_dirs(kind, config)))
-    return existing[-1] if existing else next(candidate_run_dirs(kind, config))
+def newest_run_dir(kind: type[TrainConfig], config: str, out: Path | None = None) -> Path:
+    """Return the last of runs/<config>, runs/<config>-2, … that exists, or the first.
+
+    out: --out, in place of runs/<config>.
+    """
+    existing = list(takewhile(Path.exists, candidate_run_dirs(kind, config, out)))
+    return existing[-1] if existing else next(candidate_run_dirs(kind, config, out))
 
 
 @contextmanager

@@ -114,6 +114,9 @@ class Strategy(Protocol):
     def step_metrics(self) -> dict[str, Any]:
         """Return the communication metrics of the last step."""
 
+    def straggler_metrics(self, seconds: float) -> dict[str, Any]:
+        """Return which process computed longest in a step of so many seconds."""
+
     def load_whole_model(self, run_dir: Path) -> Transformer | None:
         """Return the whole model of the checkpoint just written, to sample from.
 
@@ -291,6 +294,10 @@ class SingleProcess:
 
     def step_metrics(self) -> dict[str, Any]:
         """Return no metrics: one process does not communicate."""
+        return {}
+
+    def straggler_metrics(self, seconds: float) -> dict[str, Any]:
+        """Return no metrics: one process waits for no other."""
         return {}
 
     def load_whole_model(self, run_dir: Path) -> Transformer:

@@ -5,9 +5,11 @@ that no row has raises `ValueError`; check `has(rows, key)` first. Axes of array
 `l` MoE layers, `e` experts.
 """
 
+import gzip
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def read_metrics(path: Path | str) -> list[dict]:
     """Return the rows of a `metrics.jsonl`, sorted by step; of a repeated step the last row.
 
     The last line of a running or killed run may be half written; it is skipped silently. An invalid
-    line elsewhere is skipped with a warning.
+    line elsewhere is skipped with a warning. Loads of many experts come from the folder
+    `expert_load` beside the file.
     """
     lines = Path(path).read_text(errors="replace", encoding="utf-8").splitlines()
     rows = {}
@@ -40,7 +43,20 @@ def read_metrics(path: Path | str) -> list[dict]:
             warnings.warn(
                 f"{path}, line {number} is not a metrics row; it is skipped", stacklevel=2
             )
+    for row in read_expert_load(Path(path).parent / "expert_load"):
+        if row["step"] in rows:
+            rows[row["step"]] |= row
     return [rows[step] for step in sorted(rows)]
+
+
+def read_expert_load(folder: Path) -> Iterator[dict]:
+    """Yield the rows of the gzipped files of a folder, in the order in which they were written.
+
+    A file may end in the middle of a row, if the run was killed.
+    """
+    for path in sorted(folder.glob("step_*.jsonl.gz")):
+        with suppress(EOFError), gzip.open(path, "rb") as file:
+            yield from filter(None, map(as_row, file))
 
 
 def as_row(line: str | bytes) -> dict | None:
