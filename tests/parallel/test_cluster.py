@@ -1,12 +1,10 @@
 """`dsv3 train` on several ranks: losses of one process, signals, and resuming on another mesh."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import count
 from math import inf
@@ -255,28 +253,6 @@ def test_torch_aborts_collectives_after_the_watchdog_has_reported(monkeypatch):
 def test_the_slowest_rank_is_named(two):
     for row in metrics(two):
         assert row["slowest_rank"] in (0, 1) and row["slowest_rank_ratio"] >= 1
-
-
-@pytest.mark.full
-def test_torchrun_restarts_a_run_of_which_a_rank_was_killed(two, home):
-    """All ranks start again and resume; the curve is that of an undisturbed run."""
-    run = home / "elastic"
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
-    argv += ["--nproc-per-node", "2", "-m", "dsv3_ref", *options(home, run, *PLAN, "--ep", "2")]
-    env = os.environ | {"DSV3_CACHE": str(home / "cache"), "HF_DATASETS_CACHE": str(home / "hf")}
-    process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        while not list_checkpoints(run):
-            time.sleep(0.05)
-            assert process.poll() is None
-        ranks = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-        )
-        os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, process.communicate()[1].decode()[-2000:]
-    finally:
-        process.kill()
-    assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
 
 
 def test_a_rank_that_hangs_is_named(home):
