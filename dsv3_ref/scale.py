@@ -123,69 +123,83 @@ def scale_bytes(width: int) -> int:
     return 4 * ceil_div(width, 128)
 
 
-def activation_bytes_per_token(config: Config, dense: bool, fp8: bool = True) -> dict[str, float]:
+def activation_bytes_per_token(
+    config: Config, dense: bool, fp8: bool = True, stream: int = 4, arrived: float | None = None
+) -> dict[str, float]:
     """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
 
     The result is by tensor, with recomputation and without RoPE's tables. fp8: products are in
-    FP8, else in bf16. At the experts a token is k rows.
+    FP8, else in bf16. stream: bytes per number of the residual stream. arrived: rows that arrive at
+    a rank per token, k of which are computed; by default k.
     """
-
-    def saved_bytes(width: int, recomputed: bool = False) -> int:
-        if fp8:
-            return width + scale_bytes(width)
-        return 0 if recomputed else 2 * width
-
     d, k = config.dim, config.n_activated_experts
     h, hv = config.n_heads, config.n_heads * config.v_head_dim
     q, kv = config.q_lora_rank, config.kv_lora_rank
     r, f = config.qk_rope_head_dim, config.moe_inter_dim
-    latents = 2 * q + 4 + saved_bytes(q, True) if q else 0
-    latents += 2 * (kv + r) + 4 + 2 * r + saved_bytes(kv, True) + 8 * r  # 8 r: rotations of q and k
-    attention_output = 2 * hv + 4 * h
-    if fp8:
-        attention_output += 192 * ceil_div(hv, 128) + scale_bytes(hv)
-    width = config.inter_dim if dense else config.n_shared_experts * f
+    latents = (2 * q + 4 if q else 0) + 2 * (kv + r) + 4 + 2 * r
+    attention_output = 4 * h + (192 * ceil_div(hv, 128) + scale_bytes(hv) if fp8 else 2 * hv)
     saved: dict[str, float] = {
-        "residual stream": 2 * (4 * d + 4),
+        "residual stream": 2 * (stream * d + 4),
         "latents": latents,
-        "input of attention": saved_bytes(d, True),
         "output of attention": attention_output,
-        "dense or shared MLP": saved_bytes(d, True) + 2 * saved_bytes(width),
     }
     if not dense:
+        rows = k if arrived is None else arrived
         saved["gate"] = 4 * config.n_routed_experts + 12 * k + 8
-        saved["routed experts"] = k * (saved_bytes(d) + 2 * saved_bytes(f) + 2 * f + 2 + 16)
+        saved["expert inputs"] = rows * (d + scale_bytes(d)) if fp8 else k * 2 * d
+        saved["gate and up of experts"] = k * 2 * (f + scale_bytes(f) if fp8 else 2 * f)
+        saved["rows of experts"] = k * (4 + 8 + 8)  # routing weight, token and place of a row
     return saved
 
 
 # ── What travels ──
 
 
-def dispatch_copies(
-    config: Config, ep: int, ranks_per_node: int, n: int = 4096
-) -> tuple[float, float]:
-    """Return how many copies of a token cross (IB, NVLink) in two hops, as the mean of n tokens.
+class DispatchRows(NamedTuple):
+    """Copies of a token that its dispatch makes, as a mean."""
+
+    ib: float  # that cross nodes
+    nvlink: float  # that cross GPUs within a node
+    sent: tuple[float, ...]  # in each hop, those that stay on their GPU included
+
+    @property
+    def arrived(self) -> float:
+        """The rows that arrive at the ranks of the token's experts, one per rank."""
+        return self.sent[-1]
+
+
+def dispatch_rows(config: Config, ep: int, ranks_per_node: int, n: int = 4096) -> DispatchRows:
+    """Return the copies of a token in one or two hops, as the mean of n tokens.
 
     The experts are chosen by random affinities, so that the load is even.
     """
     if ep == 1:
-        return 0.0, 0.0
+        return DispatchRows(0.0, 0.0, ())
     g = torch.Generator().manual_seed(0)
     logit_bse = torch.randn(1, n, config.n_routed_experts, generator=g)
     expert_nk = route(logit_bse, None, config).topk_ids_bsk[0]
     rank_n = torch.arange(n) % ep
     experts_per_rank = config.n_routed_experts // ep
     token_m, node_m = torch.arange(n), torch.zeros(n, dtype=torch.long)
-    ib = 0
+    ib, sent = 0, []
     if ep > ranks_per_node:
         per_node, nodes = experts_per_rank * ranks_per_node, ep // ranks_per_node
         token_m, node_m, _ = dispatch_layout(expert_nk, per_node, nodes)
         ib = int((node_m != rank_n[token_m] // ranks_per_node).sum())
+        sent.append(len(token_m) / n)
     node_size = min(ep, ranks_per_node)
     local_mk = to_local_expert_ids(expert_nk[token_m], node_m, experts_per_rank * node_size)
     row_m, place_m, _ = dispatch_layout(local_mk, experts_per_rank, node_size)
     nvlink = int((place_m != rank_n[token_m[row_m]] % ranks_per_node).sum())
-    return ib / n, nvlink / n
+    return DispatchRows(ib / n, nvlink / n, (*sent, len(row_m) / n))
+
+
+def dispatch_copies(
+    config: Config, ep: int, ranks_per_node: int, n: int = 4096
+) -> tuple[float, float]:
+    """Return how many copies of a token cross (IB, NVLink) in two hops, as the mean of n tokens."""
+    rows = dispatch_rows(config, ep, ranks_per_node, n)
+    return rows.ib, rows.nvlink
 
 
 def dispatch_bytes(config: Config, fp8: bool = True) -> tuple[int, int]:
@@ -366,14 +380,15 @@ class Overheads(NamedTuple):
     gemm_shapes: bool = True  # matrix products run at the rate of their shape
     load_imbalance: float = 1.1  # tokens of the busiest rank over the mean
     pair_order: bool = True  # a pair of chunks runs in the order of its dependencies
-    pp_stream_bytes: int = 4  # bytes per number sent between pipeline stages
+    pp_stream_bytes: int = 2  # bytes per number sent between pipeline stages
     launch_gap: float = 2e-6  # seconds between two kernels
     straggler_factor: float = 1.03  # time of the slowest rank over the mean
     failure_rate: float = 419 / (54 * 24 * 16384)  # failures per GPU and hour
     hours_lost: float = 0.5  # hours lost per failure
+    accumulation_bytes: int = 8  # moved per parameter and micro-batch to sum gradients in fp32
 
 
-NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0)
+NO_OVERHEADS = Overheads(False, 1.0, False, 0, 0.0, 1.0, 0.0, 0.0, 0)
 ATTENTION_GEMMS = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b", "wo")
 BEST_TFLOPS, KERNELS_PER_HALF_BLOCK = 1358, 12
 GEMM_TFLOPS = {  # of DeepGEMM, for 4,096 rows and more
@@ -434,13 +449,15 @@ def block_parts(
     )
 
     products = sum(gemms.values()) - products
+    recomputed = sum(gemms.get(name, 0) for name in ("w1, w3", "shared w1, w3"))
     between = imbalance * (traffic["SwiGLU"] + traffic["permute, combine"])
     between += traffic["norm of MLP"]
     all_to_all = 0.0
     if not dense:
         all_to_all = imbalance * s * max(link_seconds(rates, copies, sum(dispatch_bytes(config))))
     mlp = BlockTime(
-        scale * (products + between) + gap, scale * (products + 2 * between) + 2 * gap,
+        scale * (products + between) + gap,
+        scale * (products + recomputed + 2 * between) + 2 * gap,
         scale * products + gap, all_to_all,
     )  # fmt: skip
     return attention, mlp
@@ -547,6 +564,11 @@ def stage_seconds(
         return times
     stream = overheads.pp_stream_bytes * config.dim * s / rates.ib
     return [t._replace(comm=t.comm + stream) for t in times]
+
+
+def accumulation_seconds(rates: AchievedRates, overheads: Overheads, params: int) -> float:
+    """Return the seconds in which the gradients of a micro-batch are added to those before."""
+    return overheads.accumulation_bytes * params / rates.hbm
 
 
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
