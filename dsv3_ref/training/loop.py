@@ -48,7 +48,8 @@ def train(
 
 def run_steps(run: Run, signals: list[int]) -> None:
     """Load the newest checkpoint, take the remaining steps and write the results."""
-    task, strategy, run_dir = run.task, run.strategy, run.run_dir
+    task, strategy = run.task, run.strategy
+    run_dir = run.run_dir
     state, checkpoints = run.state, Checkpointer(run)
     checkpoints.load_latest()
     every = run.config.save_every or max(1, run.num_steps // 10)

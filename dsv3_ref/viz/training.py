@@ -55,7 +55,7 @@ def read_expert_load(folder: Path) -> Iterator[dict]:
     A file may end in the middle of a row, if the run was killed.
     """
     for path in sorted(folder.glob("step_*.jsonl.gz")):
-        with suppress(EOFError), gzip.open(path, "rb") as file:
+        with suppress(EOFError), gzip.open(path, "rt", encoding="utf-8") as file:
             yield from filter(None, map(as_row, file))
 
 

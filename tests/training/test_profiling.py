@@ -29,7 +29,8 @@ def train_config(**options) -> settings.TrainConfig:
 def test_flops_per_token_are_six_per_parameter_and_attention():
     """Count 6 FLOPs per activated parameter and the scores and values of causal attention."""
     c = replace(TINY, n_mtp_layers=0)
-    h, x, v = c.n_heads, c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
+    h, v = c.n_heads, c.v_head_dim
+    x = c.qk_nope_head_dim + c.qk_rope_head_dim
     matrices = c.vocab_size * c.dim
     for i in range(c.n_layers):
         q = c.dim * c.q_lora_rank + c.q_lora_rank * h * x
