@@ -19,8 +19,10 @@ from dsv3_ref.rewards import (
     has_think_format,
     judge_prompt,
     judgment_mask,
+    majority,
     majority_accuracy,
     majority_agreement,
+    pass_at_k,
     preference_loss,
     reward_scores,
     vote_prompt,
@@ -304,3 +306,14 @@ def test_votes_agree_with_the_truth_or_not():
     assert majority_agreement(yes_nk, good_n, 3) == pytest.approx(2 / 3)
     assert majority_agreement(yes_nk, good_n, 1) == 1.0
     assert majority_agreement(yes_nk, good_n, 2) == pytest.approx((1 + 1 + 0.5) / 3)
+
+
+@pytest.mark.parametrize("k, share", [(1, 0.4), (2, 0.7), (3, 0.9), (4, 1.0), (5, 1.0)])
+def test_one_of_k_samples_is_correct(k, share):
+    """Of five samples two are correct, so three of ten pairs and one of ten triples are wrong."""
+    assert pass_at_k(2, 5, k) == pytest.approx(share) and pass_at_k(0, 5, k) == 0
+
+
+def test_the_answer_of_most_samples():
+    assert majority(["1", None, "2", "2"]) == "2" and majority(["2", "1"]) == "2"
+    assert majority([None]) is None

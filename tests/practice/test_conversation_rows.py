@@ -12,7 +12,13 @@ from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.conversations import read_conversations, read_pairs
 from dsv3_ref.data.conversations import PairFormat
 from dsv3_ref.data.packing import TOKEN, first_fit, pack_rows
-from dsv3_ref.data.row_formats import parse_conversation
+from dsv3_ref.data.messages import has_loss, iter_texts, normalize_messages
+from dsv3_ref.data.row_formats import (
+    common_length,
+    parse_conversation,
+    parse_pair,
+    whole_conversation,
+)
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 from dsv3_ref.sft import pack_samples
@@ -83,6 +89,42 @@ def test_every_form_of_a_row_is_one_conversation(name):
     sample = render_sample(OWN, *parse_conversation(ROWS[name]))
     assert sample.tokens == OWN.render([SYSTEM, ASK, TELL])
     assert learned(sample, OWN) == "tell<｜end▁of▁sentence｜>"
+
+
+def test_fields_without_a_value_are_dropped():
+    asked = ASK | {"prefix": False, "images": [], "refusal": "", "audio": {}, "name": None}
+    assert normalize_messages([asked], lambda name: False) == [ASK]
+    with pytest.raises(UserError, match="turn 1 has 'prefix'"):
+        normalize_messages([ASK | {"prefix": True}], lambda name: False)
+    assert parse_conversation({"messages": [ASK, TELL], "tools": ""}).tools is None
+
+
+def test_all_texts_of_a_value():
+    assert iter_texts([{"a": ["b", 5]}, None, ("c", "d")]) == ["a", "b", "c", "d"]
+
+
+def test_a_weight_is_0_or_1():
+    assert has_loss(TELL) and has_loss(TELL | {"weight": 1}) and has_loss(TELL | {"train": True})
+    assert not has_loss(TELL | {"weight": 0}) and not has_loss(TELL | {"loss_mask": False})
+    with pytest.raises(UserError, match='"weight" is 0.5: write 0 for no loss, or 1'):
+        has_loss(TELL | {"weight": 0.5})
+
+
+def test_the_prompt_of_a_pair_is_what_both_answers_begin_with():
+    other = {"role": "assistant", "content": "other"}
+    chosen, rejected = [ASK | {"id": 1}, TELL], [ASK | {"id": 2}, other]
+    assert parse_pair({"chosen": chosen, "rejected": rejected}) == ([chosen[0]], [TELL], [other])
+    mixed = parse_pair({"prompt": "ask", "chosen": [ASK, TELL], "rejected": "other"})
+    assert mixed == ([ASK], [ASK, TELL], [other])
+    assert common_length([ASK, TELL], [ASK, TELL]) == common_length([ASK, TELL], [ASK, other]) == 1
+    assert common_length([ASK], [TELL]) == 0 and common_length([ASK, ASK, TELL], [TELL, ASK]) == 0
+
+
+def test_what_is_no_whole_conversation():
+    assert whole_conversation([ASK], None) == whole_conversation(["a", "b"], None) == []
+    assert whole_conversation([TELL, ASK], None) == whole_conversation("a", None) == []
+    assert whole_conversation([ASK, TELL], "other") == []
+    assert whole_conversation([ASK, TELL], "ask") == [ASK, TELL]
 
 
 def test_history_and_input_of_alpaca():
@@ -215,6 +257,34 @@ def test_blocks_of_the_template_say_what_the_model_writes():
         chat.tokenizer.decode(sample.tokens)
         == "user: ask\nassistant: one\nuser: ask\nassistant: <two\n"
     )
+
+
+def templated(template: str) -> ChatTemplate:
+    return ChatTemplate(OWN.tokenizer, TokenizerSettings({}, {"default": template}))
+
+
+def test_a_template_without_a_prompt_for_an_answer():
+    chat = templated(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    )
+    sample = render_sample(chat, [ASK, TELL])
+    assert learned(sample, chat) == "assistant: tell<｜end▁of▁sentence｜>"
+
+
+def test_templates_that_cannot_be_learned_from_are_described():
+    some = templated(
+        "{% for m in messages %}{% if m.role == 'assistant' and loop.index > 2 %}"
+        "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}"
+        "{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="has 2 generation blocks for 3 answers"):
+        render_sample(some, [ASK, TELL] * 3)
+    last = templated(
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
+        "{{ m.role + ': ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="renders turn 2 otherwise in a longer conversation"):
+        render_sample(last, [ASK, TELL, ASK, TELL])
 
 
 def test_thoughts_after_an_open_tag_are_learned_and_dropped_ones_are_named():

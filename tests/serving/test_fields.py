@@ -8,6 +8,7 @@ import pytest
 from dsv3_ref.serve import LogitsProcessor
 from dsv3_ref.serving.fields import (
     MAX_SEED,
+    Field,
     InvalidField,
     are_token_ids,
     integer,
@@ -33,7 +34,16 @@ from dsv3_ref.serving.protocol import (
 from dsv3_ref.serving.tool_calls import AnswerPart
 
 LIMITS = FieldLimits(max_model_len=256, max_n=16, vocab_size=400)
-COMPLETION, CHAT = completion_fields(LIMITS), chat_fields(LIMITS)
+
+
+def completion() -> dict[str, Field]:
+    return completion_fields(LIMITS)
+
+
+def chat() -> dict[str, Field]:
+    return chat_fields(LIMITS)
+
+
 INTEGERS = {  # lowest and highest value
     "max_completion_tokens": (1, 256), "top_k": (-1, 400), "min_tokens": (0, 256),
     "seed": (-(2**63), 2**63 - 1), "n": (1, 16),
@@ -43,10 +53,10 @@ NUMBERS = {
     "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100),
 }  # fmt: skip
 OWN_INTEGERS = [
-    (COMPLETION, "max_tokens", 0, 256), (COMPLETION, "logprobs", 0, 20),
-    (COMPLETION, "best_of", 1, 16), (CHAT, "max_tokens", 1, 256), (CHAT, "top_logprobs", 0, 20),
-    *((CHAT, name, *limits) for name, limits in INTEGERS.items()),
-    *((COMPLETION, name, *limits) for name, limits in INTEGERS.items()),
+    (completion, "max_tokens", 0, 256), (completion, "logprobs", 0, 20),
+    (completion, "best_of", 1, 16), (chat, "max_tokens", 1, 256), (chat, "top_logprobs", 0, 20),
+    *((chat, name, *limits) for name, limits in INTEGERS.items()),
+    *((completion, name, *limits) for name, limits in INTEGERS.items()),
 ]  # fmt: skip
 
 
@@ -67,6 +77,7 @@ def parsed(fields, name: str, value: object) -> object:
 
 @pytest.mark.parametrize("fields, name, low, high", OWN_INTEGERS)
 def test_whole_numbers_have_limits(fields, name, low, high):
+    fields = fields()
     assert [parsed(fields, name, x) for x in (low, high)] == [low, high]
     for value in (low - 1, high + 1, 1.5, str(low), True, [low]):
         assert f"{name} must be a whole number from {low} to {high}" in refusal(fields, name, value)
@@ -78,7 +89,7 @@ def test_whole_numbers_have_limits(fields, name, low, high):
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_have_limits(name):
     low, high = NUMBERS[name]
-    for fields in (COMPLETION, CHAT):
+    for fields in (completion(), chat()):
         assert [parsed(fields, name, x) for x in (low, high)] == [low, high]
         below, above = math.nextafter(low, -math.inf), math.nextafter(high, math.inf)
         for value in (below, above, math.nan, "1", False, {}):
@@ -88,32 +99,32 @@ def test_numbers_have_limits(name):
 
 
 def test_stop_strings_are_few_and_short():
-    assert parsed(CHAT, "stop", "a") == ("a",) and parsed(CHAT, "stop", []) == ()
+    assert parsed(chat(), "stop", "a") == ("a",) and parsed(chat(), "stop", []) == ()
     most = ["x" * 1000] * 16
-    assert parsed(CHAT, "stop", most) == tuple(most)
-    assert "a list of up to 16 of them" in refusal(CHAT, "stop", ["a"] * 17)
-    assert "must not exceed 1000 characters" in refusal(CHAT, "stop", ["a", "x" * 1001])
+    assert parsed(chat(), "stop", most) == tuple(most)
+    assert "a list of up to 16 of them" in refusal(chat(), "stop", ["a"] * 17)
+    assert "must not exceed 1000 characters" in refusal(chat(), "stop", ["a", "x" * 1001])
     for value in ("", [""], [5], {"a": 1}):
-        assert "must be a non-empty string" in refusal(CHAT, "stop", value)
+        assert "must be a non-empty string" in refusal(chat(), "stop", value)
     one = {"type": "string", "minLength": 1, "maxLength": 1000}
     array = {"type": "array", "items": one, "maxItems": 16}
-    assert CHAT["stop"].schema == {"anyOf": [one, array]}
+    assert chat()["stop"].schema == {"anyOf": [one, array]}
 
 
 def test_stop_tokens_are_few_and_of_the_vocabulary():
-    assert parsed(CHAT, "stop_token_ids", [0, 399] * 64) == {0, 399}
+    assert parsed(chat(), "stop_token_ids", [0, 399] * 64) == {0, 399}
     for value in ([0] * 129, [-1], [400], [True], [1.0], "1", {}):
-        assert "a list of up to 128 token ids below 400" in refusal(CHAT, "stop_token_ids", value)
-    schema = CHAT["stop_token_ids"].schema
+        assert "a list of up to 128 token ids below 400" in refusal(chat(), "stop_token_ids", value)
+    schema = chat()["stop_token_ids"].schema
     assert schema["items"] == {"type": "integer", "minimum": 0, "maximum": 399}
     assert schema["maxItems"] == 128
 
 
 def test_logit_biases_are_few_and_bounded():
     value = {"0": -100, "399": 100}
-    assert parsed(CHAT, "logit_bias", value) == ((0, -100.0), (399, 100.0))
-    assert parsed(CHAT, "logit_bias", {}) == ()
-    assert parsed(CHAT, "logit_bias", {"000000399": 1}) == ((399, 1.0),)
+    assert parsed(chat(), "logit_bias", value) == ((0, -100.0), (399, 100.0))
+    assert parsed(chat(), "logit_bias", {}) == ()
+    assert parsed(chat(), "logit_bias", {"000000399": 1}) == ((399, 1.0),)
     many = {str(i): 0 for i in range(1024)}
     wide = completion_fields(FieldLimits(256, 16, 2000))
     assert len(parsed(wide, "logit_bias", many)) == 1024
@@ -121,9 +132,9 @@ def test_logit_biases_are_few_and_bounded():
     for value in ({"400": 1}, {"-1": 1}, {"1": 101}, {"1": -101}, {"1": True}, {"٣": 1}, [1], 5,
                   {"0000000399": 1}):  # fmt: skip
         assert "token ids below 400 to numbers from -100 to 100" in refusal(
-            CHAT, "logit_bias", value
+            chat(), "logit_bias", value
         )
-    schema = CHAT["logit_bias"].schema
+    schema = chat()["logit_bias"].schema
     assert schema["maxProperties"] == 1024
     assert schema["additionalProperties"] == {"type": "number", "minimum": -100, "maximum": 100}
     assert schema["propertyNames"] == {"pattern": "^[0-9]{1,9}$"}
@@ -134,9 +145,9 @@ def test_the_schemas_of_prompts_and_messages():
     tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": 256}
     one = {"anyOf": [{"type": "string"}, tokens]}
     several = {"type": "array", "items": one, "minItems": 1, "maxItems": 16}
-    assert COMPLETION["prompt"].schema == {"anyOf": [{"type": "string"}, tokens, several]}
+    assert completion()["prompt"].schema == {"anyOf": [{"type": "string"}, tokens, several]}
     message = {"type": "object", "properties": {"role": {"type": "string"}}, "required": ["role"]}
-    assert CHAT["messages"].schema == {"type": "array", "items": message, "minItems": 1}
+    assert chat()["messages"].schema == {"type": "array", "items": message, "minItems": 1}
 
 
 ONLY = [  # name, accepted values, refused values
@@ -154,20 +165,20 @@ ONLY = [  # name, accepted values, refused values
 
 @pytest.mark.parametrize("name, accepted, refused", ONLY)
 def test_some_fields_have_few_values(name, accepted, refused):
-    assert [parsed(CHAT, name, value) for value in accepted] == accepted
+    assert [parsed(chat(), name, value) for value in accepted] == accepted
     for value in refused:
-        message = refusal(CHAT, name, value)
+        message = refusal(chat(), name, value)
         assert message == f"this server does not support {name}: leave it out"
 
 
 def test_the_schemas_of_fields_with_few_values():
-    assert CHAT["audio"].schema == {"type": "null"} and CHAT["length_penalty"].schema == {
+    assert chat()["audio"].schema == {"type": "null"} and chat()["length_penalty"].schema == {
         "enum": [1]
     }
-    assert CHAT["tool_choice"].schema == {"enum": ["none", "auto"]}
-    schemas = [CHAT[name].schema for name in ("use_beam_search", "include_stop_str_in_output")]
+    assert chat()["tool_choice"].schema == {"enum": ["none", "auto"]}
+    schemas = [chat()[name].schema for name in ("use_beam_search", "include_stop_str_in_output")]
     assert schemas == [{"enum": [False]}] * 2
-    schemas = [CHAT[f"{word}special_tokens"].schema for word in ("skip_", "spaces_between_")]
+    schemas = [chat()[f"{word}special_tokens"].schema for word in ("skip_", "spaces_between_")]
     assert schemas == [{"enum": [True]}] * 2
 
 
@@ -176,15 +187,15 @@ def test_the_schemas_of_fields_with_few_values():
     [("user", "u", 5), ("metadata", {}, "a"), ("store", False, 0), ("stream", True, 1)],
 )
 def test_some_fields_have_a_type(name, value, wrong):
-    assert parsed(CHAT, name, value) == (value if name == "stream" else None)
-    assert name in refusal(CHAT, name, wrong)
+    assert parsed(chat(), name, value) == (value if name == "stream" else None)
+    assert name in refusal(chat(), name, wrong)
 
 
 def test_options_of_a_stream_are_fields_too():
-    assert parsed(CHAT, "stream_options", {"include_usage": True}) == {"include_usage": True}
-    assert "must be an object, not a list" in refusal(CHAT, "stream_options", [])
+    assert parsed(chat(), "stream_options", {"include_usage": True}) == {"include_usage": True}
+    assert "must be an object, not a list" in refusal(chat(), "stream_options", [])
     with pytest.raises(InvalidField, match='unknown field "hue": leave it out'):
-        parse_fields({"stream_options": {"hue": 1}}, CHAT)
+        parse_fields({"stream_options": {"hue": 1}}, chat())
 
 
 def test_the_schema_of_a_body():
@@ -199,7 +210,7 @@ def test_the_schema_of_a_body():
 
 def test_long_names_and_values_are_cut_in_messages():
     with pytest.raises(InvalidField) as e:
-        parse_fields({"x" * 99: 1}, CHAT)
+        parse_fields({"x" * 99: 1}, chat())
     assert e.value.name == "x" * 60 and str(e.value) == f'unknown field "{"x" * 59}: leave it out'
     assert short_json("y" * 99) == '"' + "y" * 39 and short_json([[]]) == "a list"
     assert short_json({}) == "an object" and short_json(None) == "null"

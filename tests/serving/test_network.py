@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def test_an_address_that_is_in_use_or_unknown_is_an_error():
             bind_socket("127.0.0.1", port)
     with pytest.raises(UserError, match="--host a..b --port 0 cannot be used: "):
         bind_socket("a..b", 0)
+
+
+def test_the_first_address_of_a_name_is_used(monkeypatch):
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0))
+        for host in ("127.0.0.1", "192.0.2.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with bind_socket("two.example", 0) as listener:
+        assert listener.getsockname()[0] == "127.0.0.1"
 
 
 def test_loopback_addresses_and_one_name():

@@ -98,6 +98,27 @@ def test_calls_are_recorded_by_test_and_those_of_fixtures_for_their_file(tmp_pat
     copy.stop()
 
 
+def test_code_is_replaced_function_by_function():
+    code = "def f(x):\n    def g(y):\n        return x + y\n    return [lambda: 1, lambda: 2, g]\n"
+    old = compile(code, "a.py", "exec")
+    assert mutation.changed_functions(old, compile(code, "a.py", "exec")) == {}
+    assert mutation.changed_functions(old, compile(code + "x = 2", "a.py", "exec")) is None
+    default = code.replace("f(x)", "f(x=1)")
+    assert mutation.changed_functions(old, compile(default, "a.py", "exec")) is None
+    names: dict = {}
+    exec(old, names)
+    one, two, g = names["f"](10)
+    functions = [names["f"], one, two, g, names["f"]]
+    for before, after in (("x + y", "x - y"), ("lambda: 2", "lambda: 3")):
+        new = compile(code.replace(before, after), "a.py", "exec")
+        changed = mutation.changed_functions(old, new)
+        mutation.replace_functions(functions, "b.py", changed)
+        mutation.replace_functions(functions, "a.py", changed)
+        code, old = code.replace(before, after), new
+    assert (one(), two(), g(1)) == (1, 3, 9)
+    assert [function() for function in names["f"](0)[:2]] == [1, 3]
+
+
 def test_each_place_is_changed_once():
     pytest.importorskip("cosmic_ray")
     code = "def f(a, b):\n    return a + b if a < 3 else True\n"
