@@ -22,6 +22,7 @@ from dsv3_ref.serving.conversation import (
 )
 from dsv3_ref.serving.engine_thread import HISTOGRAM_BOUNDS, EngineThread, Histogram
 from dsv3_ref.serving.fields import MAX_SEED, InvalidField
+from dsv3_ref.serving.output_processor import CompletionPiece
 from dsv3_ref.serving.protocol import CompletionRequest, HTTPError
 from dsv3_ref.serving.service import (
     MAX_BODY_BYTES,
@@ -187,6 +188,66 @@ def test_a_draining_server_accepts_nothing(service, monkeypatch):
     with pytest.raises(HTTPError) as e:
         service.submit(read(service, prompt="we"))
     assert e.value.status == 503 and "shutting down" in str(e.value)
+
+
+class Worker:
+    """A prefill process that is never started."""
+
+    alive = True
+
+    def __init__(self, args, engine, wake, threads: int):
+        self.threads, self.is_ready = threads, False
+
+    def wait_until_ready(self) -> None:
+        self.is_ready = True
+
+
+def test_prefill_workers_share_the_threads_with_the_server(service, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr("dsv3_ref.serving.service.PrefillWorker", Worker)
+    monkeypatch.setattr(service.engine, "send_remote", None)
+    for num_workers, threads in ((1, 4), (3, 2), (12, 1)):
+        monkeypatch.setattr(service.engine_thread, "prefill_workers", [])
+        service.start_prefill_workers(num_workers)
+        workers = service.engine_thread.prefill_workers
+        assert [(w.threads, w.is_ready) for w in workers] == [(threads, True)] * num_workers
+    assert given == [4, 2, 1] and service.engine.send_remote is not None
+
+
+def test_a_server_without_prefill_workers_computes_prompts_itself(service):
+    args = ServeConfig(Path("nowhere"), max_n=4)
+    with Service(args, service.policy.model, service.tokenizer) as started:
+        assert started.status == "ready" and started.engine.send_remote is None
+
+
+def test_all_completions_of_a_request_are_submitted_together(service, monkeypatch):
+    taken = []
+    monkeypatch.setattr(service.engine_thread, "submit", taken.append)
+    request = read(service, prompt=[[5], [6]], n=2)
+    with pytest.raises(HTTPError):  # the engine has failed
+        service.submit(request)
+    monkeypatch.setattr(service, "has_failed", lambda: False)
+    rows = service.submit(request, b"s")
+    assert [row.index for row in rows] == [0, 1, 2, 3] and taken[1] == rows
+    assert len({id(row.sink) for row in rows}) == 1 and rows[3].cache_salt == b"s"
+
+
+def test_pieces_are_passed_on_until_all_completions_have_ended(service):
+    rows = served(service, prompt=[5]) * 2
+
+    async def stream(*reasons: str) -> list[str]:
+        for reason in reasons:
+            rows[0].sink.put_nowait(CompletionPiece(rows[0], "a", [], reason))
+        return [piece.finish_reason async for piece in service.stream_outputs(rows)]
+
+    reasons = ["", "stop", "", "length"]
+    assert asyncio.run(stream(*reasons)) == reasons
+    for reason in ("failed", "abort"):
+        with pytest.raises(HTTPError) as e:
+            asyncio.run(stream("", reason))
+        assert e.value.status == 503
 
 
 # ── Counts ──
