@@ -490,7 +490,7 @@ def test_the_mixture_holds_and_an_epoch_is_every_document_once(whole):
     drawn = [s.tokens_drawn for s in r.sources]
     assert drawn[0] / sum(drawn) == pytest.approx(0.7, abs=0.005)
     for s, fresh in zip(r.sources, open_sources([str(whole)], 3, False)):
-        n = fresh.data.sources[fresh.part]["train"]["documents"]
+        n = fresh.data.sources[fresh.number]["train"]["documents"]
         found = [tuple(d.tolist()) for d in islice(fresh.train_documents(), 2 * n)]
         assert Counter(found[:n]) == Counter(found[n:]) and found[:n] != found[n:]
         assert s.epoch > 2
