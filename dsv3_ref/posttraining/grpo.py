@@ -107,6 +107,7 @@ class GRPOConfig(TrainConfig):
     """completions per forward pass; 0: all"""
     data: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
+    data_streams: Annotated[int, tyro.conf.Suppress] = 1
     streaming: Annotated[bool, tyro.conf.Suppress] = False
 
     COMMAND: ClassVar[str] = "rl"

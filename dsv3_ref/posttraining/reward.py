@@ -71,6 +71,7 @@ class RewardConfig(TrainConfig):
     micro_batch: int = 16
     """pairs per forward pass; 0: all"""
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
+    data_streams: Annotated[int, tyro.conf.Suppress] = 1
     streaming: Annotated[bool, tyro.conf.Suppress] = False
 
     COMMAND: ClassVar[str] = "reward"
