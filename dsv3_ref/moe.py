@@ -92,7 +92,8 @@ class Gate(nn.Module):
 
 def tokens_per_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
     """Count the tokens that each expert receives: (e,), int64."""
-    return topk_ids.flatten().bincount(minlength=n_experts)
+    ids_m = topk_ids.flatten().long()
+    return ids_m.new_zeros(n_experts).scatter_add_(0, ids_m, torch.ones_like(ids_m))
 
 
 def max_vio(load_e: Tensor) -> float:

@@ -67,13 +67,14 @@ show(fig)
 
 # %%
 #| export
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv3_ref.fp8 import QUANT_CACHE, Quantized
-from dsv3_ref.moe import GroupedExperts
+from dsv3_ref.moe import GroupedExperts, tokens_per_expert
 from dsv3_ref.ops import recompute
 
 # %% [markdown]
@@ -92,20 +93,27 @@ from dsv3_ref.ops import recompute
 
 # %%
 #| export
-def dispatch_layout(
-    expert_nk: Tensor, experts_per_member: int, num_members: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows that a rank sends: tokens (m,), destinations (m,), counts (num_members,).
+def find_destinations(expert_nk: Tensor, experts_per_member: int, num_members: int) -> Tensor:
+    """Return whether each token goes to each member: bool, (n, num_members).
 
-    Rows are sorted by destination. Member i holds experts i·p … (i+1)·p − 1 with
-    p = experts_per_member. A token goes once to each member that holds any of its k experts;
-    expert −1 means none.
+    Member i holds experts i·p … (i+1)·p − 1 with p = experts_per_member; expert −1 means none.
     """
     dest_nk = torch.where(expert_nk < 0, num_members, expert_nk // experts_per_member)
     is_sent_ni = torch.zeros(
         len(expert_nk), num_members + 1, dtype=torch.bool, device=expert_nk.device
     )
-    is_sent_ni = is_sent_ni.scatter_(1, dest_nk.long(), True)[:, :num_members]
+    return is_sent_ni.scatter_(1, dest_nk.long(), True)[:, :num_members]
+
+
+def dispatch_layout(
+    expert_nk: Tensor, experts_per_member: int, num_members: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows that a rank sends: tokens (m,), destinations (m,), counts (num_members,).
+
+    Rows are sorted by destination. A token goes once to each member that holds any of its k
+    experts.
+    """
+    is_sent_ni = find_destinations(expert_nk, experts_per_member, num_members)
     dest_m, token_m = is_sent_ni.T.nonzero(as_tuple=True)
     return token_m, dest_m, is_sent_ni.sum(0)
 
@@ -201,9 +209,42 @@ class IndexAdd(torch.autograd.Function):
         return g_nd[ctx.saved_tensors[0]], None, None
 
 
-def take_rows(q_nd: Tensor, s_nz: Tensor, token_m: Tensor) -> Quantized:
+def take_rows(x_nd: Tensor, token_m: Tensor, has_empty: bool = False) -> Tensor:
+    """Return the rows x_nd[token_m]; with `has_empty`, index n gives a row of zeros."""
+    if has_empty:
+        x_nd = torch.cat((x_nd, x_nd.new_zeros(1, *x_nd.shape[1:])))
+    return x_nd[token_m]
+
+
+def take_quantized(
+    q_nd: Tensor, s_nz: Tensor, token_m: Tensor, has_empty: bool = False
+) -> Quantized:
     """Copy FP8 rows and their scales to the experts' rows; a step saves each row once (§3.2.3)."""
-    return q_nd[token_m], s_nz[token_m]
+    return take_rows(q_nd, token_m, has_empty), take_rows(s_nz, token_m, has_empty)
+
+
+def sum_rows(y_md: Tensor, token_m: Tensor, n: int, has_empty: bool = False) -> Tensor:
+    """Return o_n = Σ y_m over the rows m of token n; with `has_empty`, row n is dropped."""
+    return IndexAdd.apply(y_md, token_m, n + 1)[:n] if has_empty else IndexAdd.apply(y_md, token_m, n)
+
+
+def sort_choices(
+    expert_nk: Tensor, n_experts: int, max_rows: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the choices n·k + j sorted by expert, (m,), and how many each expert has, (e,).
+
+    Expert −1 is left out. With max_rows there are that many rows, whatever the choices: number n·k
+    follows the last choice, and choices that do not fit are left out.
+    """
+    key_m = torch.where(expert_nk < 0, n_experts, expert_nk).flatten()
+    count_e = tokens_per_expert(key_m, n_experts + 1)[:n_experts]
+    choice_m = key_m.argsort(stable=True)
+    if max_rows is None:
+        return choice_m[: count_e.sum()].clone(), count_e
+    choice_m = choice_m[:max_rows]
+    end_e = count_e.cumsum(0).clamp(max=max_rows)
+    choice_m = torch.where(key_m[choice_m] < n_experts, choice_m, len(key_m))
+    return choice_m, end_e.diff(prepend=end_e.new_zeros(1))
 
 
 def apply_local_experts(
@@ -212,27 +253,26 @@ def apply_local_experts(
     weight_nk: Tensor,
     expert_nk: Tensor,
     quantized: Quantized | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Return Σ_k w_nk·expert_nk(x_n) over the local experts, (n, d); expert −1 is not among them.
 
     quantized: the FP8 values and scales in which x_nd arrived; FP8 products then use them as they
-    are.
+    are. max_rows: the number of rows to compute, as in `sort_choices`; the grouped products must
+    leave out the rows after the last expert's.
     """
-    e, k = len(experts.w1), expert_nk.shape[1]
-    key_m = torch.where(expert_nk < 0, e, expert_nk).flatten()
-    tokens_per_expert_e = key_m.bincount(minlength=e + 1)[:e]
-    sorted_ids_m = key_m.argsort(stable=True)[: tokens_per_expert_e.sum()].clone()
-    token_m = sorted_ids_m // k
-    x_md = x_nd[token_m]
+    k, is_padded = expert_nk.shape[1], max_rows is not None
+    choice_m, tokens_per_expert_e = sort_choices(expert_nk, len(experts.w1), max_rows)
+    token_m = choice_m // k
+    x_md = take_rows(x_nd, token_m, is_padded)
     if quantized is not None:
-        QUANT_CACHE[x_md] = x_md._version, *recompute(take_rows, *quantized, token_m)
-    y_md = experts(x_md, tokens_per_expert_e, weight_nk.flatten()[sorted_ids_m])
-    return IndexAdd.apply(y_md, token_m, len(x_nd))
+        rows = recompute(take_quantized, *quantized, token_m, is_padded)
+        QUANT_CACHE[x_md] = x_md._version, *rows
+    y_md = experts(x_md, tokens_per_expert_e, take_rows(weight_nk.flatten(), choice_m, is_padded))
+    return sum_rows(y_md, token_m, len(x_nd), is_padded)
 
 
 # %%
-from dsv3_ref.moe import GroupedExperts
-
 share = GroupedExperts(4, 64, 32)  # the experts of one rank
 for p in share.parameters():
     torch.nn.init.normal_(p, std=0.2)
@@ -343,6 +383,84 @@ def compare(name: str, hops):
 compare("one hop", [([range(8)], 4)])
 
 # %% [markdown]
+# ## Fixed sizes
+# The number of rows depends on the routing, which only the GPU knows. So the host has to wait for the GPU before it
+# can allocate memory and start an all-to-all, several times per layer, and meanwhile the GPU runs out of work. With
+# *fixed* sizes it never waits: every member gets $C$ rows, some of them empty, and no counts are exchanged. The row
+# of token $n$ for member $i$ has place $c$ if it is the $c$-th of its member,
+#
+# $$\text{row}(n, i) = i\,C + \sum_{n' < n} \mathbb 1[i \in D_{n'}] \quad\text{if the sum is below } C, \qquad
+# (n, i) \to (i\,C).$$
+#
+# The order of rows stays the same, so every sum has the same terms in the same order, and results are equal bit for
+# bit. If a member gets more than $C$ rows, the rest is left out and *counted*; a training step that has left out rows
+# is repeated with exact sizes. How large should $C$ be? If all experts are equally likely, a token goes to a member
+# with $p$ of the $E$ experts with probability
+#
+# $$P = 1 - \binom{E - p}{k} \Big/ \binom{E}{k}, \qquad C = \min(n, \lceil 1.5\, n P\rceil).$$
+
+
+# %%
+#| export
+def visit_probability(n_experts: int, experts_per_member: int, k: int) -> float:
+    """Return the probability that k of n equally likely experts include one of a member's."""
+    return 1 - math.comb(n_experts - experts_per_member, k) / math.comb(n_experts, k)
+
+
+def padded_dispatch_layout(
+    expert_nk: Tensor, experts_per_member: int, num_members: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens (m,), destinations (m,) and the number of rows left out, m = members·capacity.
+
+    It is `dispatch_layout` with `capacity` rows for every member; token n means an empty row. No
+    shape depends on the choices.
+    """
+    n, m = len(expert_nk), num_members * capacity
+    is_sent_ni = find_destinations(expert_nk, experts_per_member, num_members)
+    place_ni = is_sent_ni.cumsum(0) - 1
+    first_i = torch.arange(0, m, capacity, device=expert_nk.device)
+    row_ni = torch.where(is_sent_ni & (place_ni < capacity), first_i + place_ni, m)
+    token_ni = torch.arange(n, device=expert_nk.device)[:, None].expand(n, num_members)
+    token_m = torch.full((m + 1,), n, device=expert_nk.device)
+    token_m.scatter_(0, row_ni.flatten(), token_ni.flatten())  # row m: what is not sent
+    dest_m = torch.arange(m, device=expert_nk.device) // capacity
+    return token_m[:m], dest_m, (is_sent_ni.sum(0) - capacity).clamp(min=0).sum()
+
+
+# %%
+token_m, dest_m, _ = dispatch_layout(EXPERTS, 4, 8)
+padded_m, padded_dest_m, left_out = padded_dispatch_layout(EXPERTS, 4, 8, 25)
+real_m = padded_m < 40
+assert torch.equal(padded_m[real_m], token_m) and torch.equal(padded_dest_m[real_m], dest_m)
+print(f"{len(token_m)} rows in {len(padded_m)} places, {left_out} left out")
+for capacity in (12, 25):
+    want = (count_i - capacity).clamp(min=0).sum()
+    assert padded_dispatch_layout(EXPERTS, 4, 8, capacity)[2] == want
+chosen_nk = torch.rand(4000, 32).argsort(1)[:, :6]
+visited = len(dispatch_layout(chosen_nk, 4, 8)[0]) / 8 / 4000
+expected = visit_probability(32, 4, 6)
+assert abs(visited - expected) < 0.01
+print(f"a token goes to a member with probability {visited:.3f}; expected {expected:.3f}")
+
+# %% [markdown]
+# The experts get a fixed number of rows, too: `max_rows` in `apply_local_experts`. Rows after the last expert's belong
+# to no group of the grouped product, which does not read or write them. Their values are arbitrary, their gradients
+# too, and both end in an extra row that is cut off.
+
+# %%
+from dsv3_ref.ops import use
+
+local_mk = torch.where(padded_m[:, None] < 40, take_rows(EXPERTS, padded_m, True), -1)
+local_mk = to_local_expert_ids(local_mk, padded_dest_m, 4)[50:75]  # what arrives at member 2
+with use("cpu", "auto"):
+    x_nd, w_nk = torch.randn(25, 64, requires_grad=True), torch.rand(25, 6)
+    exact, padded = (apply_local_experts(share, x_nd, w_nk, local_mk, None, n) for n in (None, 60))
+    assert torch.equal(exact, padded)
+    grads = [torch.autograd.grad(y.square().sum(), [x_nd, share.w2]) for y in (exact, padded)]
+assert all(map(torch.equal, *grads))
+print(f"{(local_mk >= 0).sum()} choices in 60 rows: results and gradients are equal bit for bit")
+
+# %% [markdown]
 # Real processes do the same with `all_to_all_single`. `AllToAllDispatcher` in
 # `dsv3_ref/parallel/token_dispatcher.py` calls these four functions, cuts the autograd graph where a message is
 # sent, and lets another micro-batch compute while it is in flight ([chapter 12](12_dualpipe.ipynb)).
@@ -441,12 +559,11 @@ assert ib == sum(map(len, by_hand)) / 8192 and max(map(len, by_hand)) <= 4
 # not use this second gain: it requantizes all E4M3 tiles with $\max/448$.)
 #
 # At the destination the products must *use* the FP8 values that arrived; they must not dequantize the rows and
-# quantize them again by their own rule. The last argument of `apply_local_experts` does this: it stores the gathered
+# quantize them again by their own rule. The argument `quantized` of `apply_local_experts` does this: it stores the gathered
 # values in the cache that FP8 products read.
 
 # %%
 from dsv3_ref.fp8 import act_dequant, act_quant, requant_transposed
-from dsv3_ref.ops import use
 
 x_nd = (torch.randn(128, 1024) * torch.logspace(-1, 1, 128)[:, None]).bfloat16()
 lost = {}
@@ -499,7 +616,7 @@ print(f"bytes per row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BA
 # ($R$ ranks with equally many sequences; rank $r$ chose expert $e$ for $c_e^{(r)}$ of its tokens.)
 
 # %%
-from dsv3_ref.moe import balance_loss, tokens_per_expert, update_expert_bias
+from dsv3_ref.moe import balance_loss, update_expert_bias
 
 batch = route(torch.randn(8, 64, 32) + torch.randn(8, 1, 32), None, SHAPE)  # 8 sequences on 4 ranks
 of_rank = [type(batch)(*parts) for parts in zip(*(t.chunk(4) for t in batch))]
@@ -722,7 +839,8 @@ check_worst(my_worst)
 # <details><summary>Answer</summary>
 #
 # $k$ does not matter. With V3's 64 ranks and 4096 tokens that is 262,144 rows of 7.5 kB: 2.0 GB, of which 12 % is
-# typical. One can either reserve memory for the worst case or exchange the counts first and wait for them, as we do.
+# typical. One can exchange the counts first and wait for them, or reserve memory for the typical case and repeat
+# the step when it does not suffice.
 #
 # ```python
 # def my_worst(ranks, tokens, k):

@@ -18,7 +18,13 @@ from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.rows import LocalRows
 from dsv3_ref.parallel.stage import LossWeights, TapeDispatcher
-from dsv3_ref.parallel.token_dispatcher import LINKS, AllToAllDispatcher, Traffic, dispatch_levels
+from dsv3_ref.parallel.token_dispatcher import (
+    LINKS,
+    AllToAllDispatcher,
+    FixedSizes,
+    Traffic,
+    dispatch_levels,
+)
 from dsv3_ref.parallel.zero import ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
@@ -30,7 +36,7 @@ class ParallelEngine:
     objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks
     of an expert group in one node; 0 dispatches in one hop. precision: that of weights and residual
     stream; in bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend
-    `fp8`.
+    `fp8`. dispatch_capacity: the factor of `FixedSizes`; 0 dispatches with exact sizes.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class ParallelEngine:
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
         objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
+        dispatch_capacity: float = 0.0,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
         self.stages_by_rank = stages = stages_by_rank(schedule, mesh.pp)
@@ -56,7 +63,9 @@ class ParallelEngine:
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
         self.traffic = Traffic()
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
-        dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep) if mesh.ep > 1 else None
+        dispatcher: TapeDispatcher | None = None
+        if mesh.ep > 1:
+            dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep, dispatch_capacity)
         self.optimizer = ZeroOptimizer(
             self.model, config, mesh, stages, recipe, moments, zero, precision
         )
@@ -64,12 +73,18 @@ class ParallelEngine:
             self.model, config, mesh, schedule, stages, dispatcher, objective, micro_batch
         )
 
-    def create_dispatcher(self, ranks_per_node: int, fp8: bool, deepep: bool) -> TapeDispatcher:
+    def create_dispatcher(
+        self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float
+    ) -> TapeDispatcher:
         """Create the dispatcher of tokens to the experts on other ranks."""
+        config = self.config
         if deepep:
-            return DeepEPDispatcher(self.config, self.mesh.ep_group, fp8)
-        levels = dispatch_levels(self.config, self.mesh, ranks_per_node, self.traffic)
-        return AllToAllDispatcher(levels, fp8)
+            return DeepEPDispatcher(config, self.mesh.ep_group, fp8)
+        levels = dispatch_levels(config, self.mesh, ranks_per_node, self.traffic)
+        if not capacity:
+            return AllToAllDispatcher(levels, fp8)
+        fixed = FixedSizes(capacity, config.n_routed_experts, config.n_activated_experts)
+        return AllToAllDispatcher(levels, fp8, fixed)
 
     def is_first_holder(self, name: str) -> bool:
         """Return whether this rank is the first of those that hold a dense parameter or buffer."""
@@ -103,9 +118,9 @@ class ParallelEngine:
         batch = RowBatch(rows) if isinstance(rows, Tensor) else rows
         microbatches = self.pipeline.split(batch)
         shares = self.pipeline.shares(batch, microbatches)
-        self.optimizer.zero_grad()
-        self.traffic.clear()
-        stats = self.pipeline.run(microbatches, [LossWeights(s, mtp, alpha) for s in shares])
+        weights = [LossWeights(share, mtp, alpha) for share in shares]
+        self.clear_step()
+        stats = self.pipeline.run(microbatches, weights, clear=self.clear_step)
         mtp_sums = [stats.mtp.get(k) for k in range(1, 1 + self.config.n_mtp_layers)]
         main, balance, *mtp_losses = self.all_reduce_sum(stats.main, stats.balance, *mtp_sums)
         total = main + mtp * sum(mtp_losses) + alpha * balance
@@ -116,6 +131,11 @@ class ParallelEngine:
             self.optimizer.step(lr)
             self.update_expert_biases(load_le, gamma)
         return StepStats(main, mtp_losses, total, grad_norm, load_le, skipped)
+
+    def clear_step(self) -> None:
+        """Set the gradients and the counts of the traffic to zero."""
+        self.optimizer.zero_grad()
+        self.traffic.clear()
 
     def all_reduce_sum(self, *values: float | Tensor | None) -> list[float]:
         """Sum each value over all ranks; None counts as 0.
@@ -152,6 +172,7 @@ class ParallelEngine:
         if not self.counts_traffic:
             return {}
         own = self.traffic
+        own.read_clocks()
         sent = self.all_reduce_sum(*(own.bytes[link] for link in LINKS))
         in_flight_s, exposed_s = self.all_reduce_sum(own.in_flight_s, own.exposed_s)
         return {

@@ -99,6 +99,7 @@ class MeshParallel:
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
             config.token_dispatcher == "deepep", task.objective, self.precision,
+            default_capacity(config, self.device),
         )  # fmt: skip
         if init:
             self.load_weights(init)
@@ -271,6 +272,13 @@ class MeshParallel:
         if ema:
             ema.t = values["ema_t"]
         return values, native.read_other_tensors(folder, own)
+
+
+def default_capacity(config: TrainConfig, device: torch.device) -> float:
+    """Return --dispatch-capacity or its default, which depends on the device."""
+    if config.dispatch_capacity is None:
+        return 1.5 if device.type == "cuda" else 0.0
+    return config.dispatch_capacity
 
 
 def with_zero_bubble(backends: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Execution of the schedules of chapter 12 over real ranks, with the same lists of steps."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -7,6 +8,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from dsv3_ref import ops
 from dsv3_ref.config import Config, ceil_div
@@ -31,7 +33,8 @@ from dsv3_ref.parallel.stage import (
     Stage,
     TapeDispatcher,
 )
-from dsv3_ref.parallel.tape import Steps, Tape, interleave, run_to_completion
+from dsv3_ref.parallel.tape import R, Steps, Tape, interleave, run_to_completion
+from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
@@ -211,6 +214,9 @@ class Pipeline:
             for s in stages_by_rank[mesh.pp_rank]
         }
         self.dtype = residual_dtype(model)
+        self.dispatcher: AllToAllDispatcher | None = None
+        if isinstance(token_dispatcher, AllToAllDispatcher):
+            self.dispatcher = token_dispatcher
 
     # ── Rows ──
 
@@ -222,11 +228,15 @@ class Pipeline:
         rows_per_pipeline = ceil_div(len(batch), self.mesh.data_size)
         size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
         n = ceil_div(rows_per_pipeline, size)
+        n = min_microbatches(self.schedule_name, self.mesh.pp, n)
         if isinstance(batch, LocalRows):
             own = batch.rows
         else:
             own = batch.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
-        return own.tensor_split(min_microbatches(self.schedule_name, self.mesh.pp, n))
+        if self.dispatcher and self.dispatcher.fixed:
+            tokens_per_row = own.rows_bs.shape[1:].numel()
+            self.dispatcher.fixed.num_tokens = ceil_div(rows_per_pipeline, n) * tokens_per_row
+        return own.tensor_split(n)
 
     def shares(self, batch: RowBatch | LocalRows, microbatches: list[RowBatch]) -> list[float]:
         """Return each micro-batch's fraction of the weight of the global batch."""
@@ -237,15 +247,44 @@ class Pipeline:
     # ── A batch ──
 
     def run(
-        self, rows: list[RowBatch], weights: list[LossWeights], training: bool = True
-    ) -> LossStats:
+        self, rows: list[RowBatch], weights: list[LossWeights], training: bool = True,
+        clear: Callable[[], None] | None = None,
+    ) -> LossStats:  # fmt: skip
         """Run all steps of this rank over the rows of its pipeline's micro-batches.
 
-        training=False runs only the forward actions.
+        training=False runs only the forward actions. clear: called before a batch is repeated.
         """
-        stats = LossStats()
-        self.run_microbatches(self.microbatches(rows, weights, stats), training)
-        return stats
+
+        def attempt() -> LossStats:
+            stats = LossStats()
+            self.run_microbatches(self.microbatches(rows, weights, stats), training)
+            return stats
+
+        return self.repeat_if_cut(attempt, clear)
+
+    def repeat_if_cut(self, attempt: Callable[[], R], clear: Callable[[], None] | None = None) -> R:
+        """Return attempt(); if the dispatch has left out rows on any rank, repeat it exactly.
+
+        This is the only place where the host waits for what the dispatch has counted.
+        """
+        result = attempt()
+        if self.dispatcher is None or self.dispatcher.fixed is None:
+            return result
+        left_out = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
+        left_out += self.dispatcher.fixed.take_left_out()
+        num_left_out = int(self.mesh.all_reduce_sum(left_out))
+        if not num_left_out:
+            return result
+        if self.mesh.rank == 0:
+            message = (
+                f"warning: {num_left_out:,} rows exceeded the fixed sizes of the dispatch, so the "
+                "batch is repeated with exact sizes; a higher --dispatch-capacity avoids that"
+            )
+            tqdm.write(message, sys.stderr)
+        if clear:
+            clear()
+        with self.dispatcher.exact_sizes():
+            return attempt()
 
     @torch.no_grad()
     def read_out(self, batch: RowBatch, readout: Readout, width: int) -> Tensor:
@@ -255,10 +294,14 @@ class Pipeline:
         ranks of a pipeline get those of its own rows; the rows of other data indices are 0.
         """
         parts = self.split(batch)
-        microbatches = self.microbatches(
-            parts, [LossWeights(0.0)] * len(parts), LossStats(), readout
-        )
-        self.run_microbatches(microbatches, training=False)
+        weights = [LossWeights(0.0)] * len(parts)
+
+        def attempt() -> list[MicroBatch]:
+            microbatches = self.microbatches(parts, weights, LossStats(), readout)
+            self.run_microbatches(microbatches, training=False)
+            return microbatches
+
+        microbatches = self.repeat_if_cut(attempt)
         own = torch.zeros(sum(map(len, parts)), width, dtype=self.dtype, device=self.mesh.device)
         for own_part, x in zip(own.split([len(part) for part in parts]), microbatches):
             if x.output is not None:

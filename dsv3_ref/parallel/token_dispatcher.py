@@ -2,11 +2,18 @@
 
 A hop sends a token once to every destination that holds any of its experts. With two hops the
 first crosses nodes, once per token and node, and the second stays within the node (§3.2.2).
+
+With exact sizes the host waits for the counts of every hop. With fixed sizes (`FixedSizes`) nothing
+depends on the routing, so it never waits for the device.
 """
 
+import math
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,11 +21,14 @@ from torch import Tensor
 
 from dsv3_ref.config import Config
 from dsv3_ref.expert_parallel import (
-    IndexAdd,
     apply_local_experts,
     dispatch_layout,
     mask_remote_weights,
+    padded_dispatch_layout,
+    sum_rows,
+    take_rows,
     to_local_expert_ids,
+    visit_probability,
 )
 from dsv3_ref.fp8 import Quantized, act_dequant, act_quant
 from dsv3_ref.moe import GroupedExperts
@@ -36,16 +46,81 @@ class Traffic:
     bytes: Counter[str] = field(default_factory=Counter)  # by link
     in_flight_s: float = 0.0  # from start to end, summed over all-to-alls
     exposed_s: float = 0.0  # the part of it during which this rank was waiting
+    clocks: list["CUDAClock"] = field(default_factory=list)  # not read yet
 
     def clear(self) -> None:
         """Reset all counts to zero."""
         self.bytes.clear()
+        self.clocks.clear()
         self.in_flight_s = self.exposed_s = 0.0
+
+    def start_clock(self, device: torch.device) -> "HostClock | CUDAClock":
+        """Return the clock of an all-to-all that starts now."""
+        return CUDAClock(self) if device.type == "cuda" else HostClock(self)
+
+    def read_clocks(self) -> None:
+        """Add the times that the device has measured; the host waits for the last of them."""
+        for clock in self.clocks:
+            clock.read()
+        self.clocks.clear()
 
     @property
     def hidden(self) -> float:
         """The fraction of the all-to-alls' time that was hidden behind computation."""
         return 1 - self.exposed_s / self.in_flight_s if self.in_flight_s else 1.0
+
+
+class HostClock:
+    """The times of an all-to-all for which the host waits, as with gloo."""
+
+    def __init__(self, traffic: Traffic):
+        self.traffic, self.start = traffic, time.perf_counter()
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait until the rows are there, and add the times."""
+        wait_start = time.perf_counter()
+        work.wait()
+        end = time.perf_counter()
+        self.traffic.exposed_s += end - wait_start
+        self.traffic.in_flight_s += end - self.start
+
+
+class CUDAClock:
+    """The times of an all-to-all for which the stream of computation waits, and the host does not.
+
+    A second stream waits for the rows alone, so that their arrival can be told apart from the end
+    of the computation.
+    """
+
+    streams: ClassVar[dict[int, torch.cuda.Stream]] = {}  # by device, to wait in
+
+    def __init__(self, traffic: Traffic):
+        self.traffic, self.start = traffic, self.record()
+
+    def record(self) -> torch.cuda.Event:
+        """Return an event at this place of the current stream."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self, work: dist.Work) -> None:
+        """Let the current stream wait until the rows are there; `read` adds the times."""
+        self.computed = self.record()
+        device = torch.cuda.current_device()
+        if device not in self.streams:
+            self.streams[device] = torch.cuda.Stream(device)
+        with torch.cuda.stream(self.streams[device]):
+            work.wait()
+            self.arrived = self.record()
+        torch.cuda.current_stream().wait_event(self.arrived)
+        self.resumed = self.record()
+        self.traffic.clocks.append(self)
+
+    def read(self) -> None:
+        """Add the times, in seconds; the host waits until they are known."""
+        self.resumed.synchronize()
+        self.traffic.exposed_s += 1e-3 * self.computed.elapsed_time(self.resumed)
+        self.traffic.in_flight_s += 1e-3 * self.start.elapsed_time(self.arrived)
 
 
 @dataclass
@@ -69,20 +144,16 @@ class DispatchLevel:
         Yields once while the rows are in flight.
         """
         out = rows.new_empty(sum(receive), *rows.shape[1:])
-        start = time.perf_counter()
+        clock = self.traffic.start_clock(rows.device)
         work = dist.all_to_all_single(
             out, rows.contiguous(), receive, send, group=self.group, async_op=True
         )
         for link, n in zip(self.links, send):
             self.traffic.bytes[link] += n * rows[:1].nbytes
         yield
-        wait_start = time.perf_counter()
         self.num_waited += 1
         with track_operation(f"all-to-all of tokens, number {self.num_waited}", self.group):
-            work.wait()
-        end = time.perf_counter()
-        self.traffic.exposed_s += end - wait_start
-        self.traffic.in_flight_s += end - start
+            clock.wait(work)
         return out
 
 
@@ -233,44 +304,141 @@ class Combine:
         return (yield from self.plan.dispatch(g_md))[0]
 
 
-class AllToAllDispatcher:
-    """A dispatcher of a micro-batch's tokens by one or two levels of all-to-alls, on a tape."""
+class FixedSizes:
+    """Numbers of rows per destination and of choices per rank that do not depend on the routing.
 
-    def __init__(self, levels: list[DispatchLevel], fp8: bool = False):
+    They are `factor` times the mean for equally likely experts. Choices beyond them are left out
+    and counted on the device; the caller must then repeat the step with exact sizes.
+
+    n_experts, k: experts of a layer and choices per token; num_tokens: the most tokens that a rank
+    of the expert group has in a micro-batch, which all of them must agree on.
+    """
+
+    def __init__(self, factor: float, n_experts: int, k: int, num_tokens: int = 0):
+        self.factor, self.num_tokens = factor, num_tokens
+        self.n_experts, self.k = n_experts, k
+        self.num_left_out: int | Tensor = 0
+
+    def rows_per_level(self, levels: list[DispatchLevel]) -> list[int]:
+        """Return the rows per destination of each level, then the choices to compute on a rank."""
+        capacities = []
+        rows = num_tokens = self.num_tokens  # with and without empty rows
+        for level in levels:
+            share = visit_probability(self.n_experts, level.experts_per_member, self.k)
+            capacities.append(max(1, min(rows, math.ceil(self.factor * num_tokens * share))))
+            rows, num_tokens = level.size * capacities[-1], level.size * num_tokens
+        n_local = levels[-1].experts_per_member
+        mean = num_tokens * self.k * n_local / self.n_experts
+        most = rows * min(self.k, n_local)
+        return [*capacities, max(1, min(most, math.ceil(self.factor * mean)))]
+
+    def add_left_out(self, n: Tensor) -> None:
+        """Count choices that were left out."""
+        self.num_left_out = self.num_left_out + n
+
+    def take_left_out(self) -> int | Tensor:
+        """Return the number that was counted, and count from 0 again."""
+        count, self.num_left_out = self.num_left_out, 0
+        return count
+
+
+@dataclass
+class LevelLayout:
+    """The rows that a rank sends at one level, in the order of destinations."""
+
+    plan: LevelPlan
+    token_m: Tensor  # the token of each row; the number of tokens: an empty row
+    expert_mk: Tensor  # its experts as the destination numbers them; −1: none
+    has_empty: bool
+
+    def take(self, x_nd: Tensor, weight_nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows and their weights, 0 where the expert is elsewhere."""
+        weight_mk = take_rows(weight_nk, self.token_m, self.has_empty)
+        x_md = take_rows(x_nd, self.token_m, self.has_empty)
+        return x_md, mask_remote_weights(weight_mk, self.expert_mk)
+
+
+class AllToAllDispatcher:
+    """A dispatcher of a micro-batch's tokens by one or two levels of all-to-alls, on a tape.
+
+    fixed: the sizes of all messages and products, or None for exact sizes.
+    """
+
+    def __init__(
+        self, levels: list[DispatchLevel], fp8: bool = False, fixed: FixedSizes | None = None
+    ):
         self.levels, self.fp8 = levels, fp8
+        self.fixed = fixed
+
+    @contextmanager
+    def exact_sizes(self) -> Iterator[None]:
+        """Dispatch with exact sizes in the `with` block."""
+        fixed, self.fixed = self.fixed, None
+        try:
+            yield
+        finally:
+            self.fixed = fixed
 
     def apply_experts(
         self, tape: Tape, experts: GroupedExperts, x_nd: Tensor, weight_nk: Tensor,
         expert_nk: Tensor,
     ) -> Steps[Tensor]:  # fmt: skip
         """Return Σ_k w_nk·expert_nk(x_n) over experts on many ranks; yields during transfers."""
-        return self.apply_levels(self.levels, tape, experts, x_nd, weight_nk, expert_nk, None)
+        sizes = self.fixed.rows_per_level(self.levels) if self.fixed else []
+        return self.apply_levels(self.levels, sizes, tape, experts, x_nd, weight_nk, expert_nk)
 
     def apply_levels(
-        self, levels: list[DispatchLevel], tape: Tape, experts: GroupedExperts, x_nd: Tensor,
-        weight_nk: Tensor, expert_nk: Tensor, quantized: Quantized | None,
+        self, levels: list[DispatchLevel], sizes: list[int], tape: Tape, experts: GroupedExperts,
+        x_nd: Tensor, weight_nk: Tensor, expert_nk: Tensor, quantized: Quantized | None = None,
     ) -> Steps[Tensor]:  # fmt: skip
         """Apply the experts behind these levels, or the local experts if there are no levels.
 
-        quantized: the FP8 values and scales in which x_nd arrived, or None.
+        sizes: the fixed sizes from here on, if any; quantized: the FP8 values and scales in which
+        x_nd arrived, or None.
         """
         if not levels:
+            max_rows = self.max_local_rows(sizes, expert_nk)
             return tape.run(
-                lambda x, w: apply_local_experts(experts, x, w, expert_nk, quantized),
+                lambda x, w: apply_local_experts(experts, x, w, expert_nk, quantized, max_rows),
                 x_nd, weight_nk,
             )  # fmt: skip
-        level, *rest = levels
-        token_m, dest_m, count = dispatch_layout(expert_nk, level.experts_per_member, level.size)
+        if sizes:
+            layout = self.fixed_layout(levels[0], sizes[0], expert_nk)
+        else:
+            layout = self.exact_layout(levels[0], expert_nk)
+        dispatch = Dispatch(layout.plan, layout.expert_mk)
+        rows = tape.run(layout.take, x_nd, weight_nk)
+        x_md, w_mk = yield from tape.run_comm(dispatch, *rows)
+        y_md = yield from self.apply_levels(
+            levels[1:], sizes[1:], tape, experts, x_md, w_mk, *dispatch.unpack()
+        )
+        (y_md,) = yield from tape.run_comm(Combine(layout.plan), y_md)
+        n = len(x_nd)
+        return tape.run(lambda y: sum_rows(y, layout.token_m, n, layout.has_empty), y_md)
+
+    def exact_layout(self, level: DispatchLevel, expert_nk: Tensor) -> LevelLayout:
+        """Return the rows to send; the host waits for their numbers, and for those to receive."""
+        per = level.experts_per_member
+        token_m, dest_m, count = dispatch_layout(expert_nk, per, level.size)
         receive = torch.empty_like(count)
         dist.all_to_all_single(receive, count, group=level.group)
         plan = LevelPlan(level, count.tolist(), receive.tolist(), self.fp8)
-        expert_mk = to_local_expert_ids(expert_nk[token_m], dest_m, level.experts_per_member)
-        rows = tape.run(
-            lambda x, w: (x[token_m], mask_remote_weights(w[token_m], expert_mk)), x_nd, weight_nk
-        )
-        dispatch = Dispatch(plan, expert_mk)
-        x_md, w_mk = yield from tape.run_comm(dispatch, *rows)
-        y_md = yield from self.apply_levels(rest, tape, experts, x_md, w_mk, *dispatch.unpack())
-        (y_md,) = yield from tape.run_comm(Combine(plan), y_md)
-        n = len(x_nd)
-        return tape.run(lambda y: IndexAdd.apply(y, token_m, n), y_md)
+        expert_mk = to_local_expert_ids(expert_nk[token_m], dest_m, per)
+        return LevelLayout(plan, token_m, expert_mk, has_empty=False)
+
+    def fixed_layout(self, level: DispatchLevel, capacity: int, expert_nk: Tensor) -> LevelLayout:
+        """Return `capacity` rows for each member, some of them empty."""
+        assert self.fixed is not None
+        per, counts = level.experts_per_member, [capacity] * level.size
+        token_m, dest_m, left_out = padded_dispatch_layout(expert_nk, per, level.size, capacity)
+        self.fixed.add_left_out(left_out)
+        expert_mk = take_rows(expert_nk + 1, token_m, has_empty=True) - 1  # of an empty row: −1
+        plan = LevelPlan(level, counts, counts, self.fp8)
+        return LevelLayout(plan, token_m, to_local_expert_ids(expert_mk, dest_m, per), True)
+
+    def max_local_rows(self, sizes: list[int], expert_nk: Tensor) -> int | None:
+        """Return the fixed number of choices to compute on this rank, or None if it is exact."""
+        if self.fixed is None:
+            return None
+        self.fixed.add_left_out(((expert_nk >= 0).sum() - sizes[0]).clamp(min=0))
+        return sizes[0]

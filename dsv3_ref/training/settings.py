@@ -122,6 +122,13 @@ class TrainConfig:
     dispatch_dtype: Literal["auto", "unquantized", "fp8"] = "auto"
     """format of the tokens sent to experts; auto: FP8 with --precision fp8 (§3.2.2), else
     unquantized"""
+    dispatch_capacity: Annotated[
+        float | None,
+        tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 1.5 on CUDA, 0 on CPU)"),
+    ] = None
+    """rows per destination in a dispatch, as a multiple of the mean: with fixed sizes the host never
+    waits for the GPU within a step; a step that needs more is repeated with exact sizes; 0: always
+    exact sizes"""
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
     hang_timeout: float = 600.0
@@ -270,6 +277,18 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
         "--dp and --ep-ranks-per-node must be at least 0",
     )
     yield (args.hang_timeout > 0, "--hang-timeout must be above 0")
+    capacity = args.dispatch_capacity
+    yield (
+        not capacity or 1 <= capacity < math.inf,
+        "--dispatch-capacity must be 0 or a number from 1",
+    )
+    yield (
+        not capacity
+        or args.precision != "fp8"
+        or (args.device != "cpu" and torch.cuda.is_available()),
+        "--dispatch-capacity must be 0 with --precision fp8 on CPU, whose emulation of FP8 has "
+        "exact sizes only",
+    )
     yield (
         ranks == world_size,
         f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
@@ -383,7 +402,7 @@ CHANGEABLE_ON_RESUME = {
     "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero",
     "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
     "expert_load_every",
-    "ep_ranks_per_node", "token_dispatcher", "hang_timeout",
+    "ep_ranks_per_node", "dispatch_capacity", "token_dispatcher", "hang_timeout",
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def empty_pipeline(name: str, mesh) -> Pipeline:
 
 def run_empty(empty: Pipeline, m: int, training: bool = True) -> None:
     batch = RowBatch(torch.zeros(1, 2, dtype=torch.int64))
-    empty.objective = NEXT_TOKEN_LOSS
+    empty.objective, empty.dispatcher = NEXT_TOKEN_LOSS, None
     empty.run([batch] * m, [LossWeights(1.0)] * m, training)
 
 
