@@ -462,7 +462,7 @@ print(f"{(local_mk >= 0).sum()} choices in 60 rows: results and gradients are eq
 
 # %% [markdown]
 # Real processes do the same with `all_to_all_single`. `AllToAllDispatcher` in
-# `dsv3_ref/parallel/token_dispatcher.py` calls these four functions, cuts the autograd graph where a message is
+# `dsv3_ref/parallel/token_dispatcher.py` calls these functions, cuts the autograd graph where a message is
 # sent, and lets another micro-batch compute while it is in flight ([chapter 12](12_dualpipe.ipynb)).
 # `tests/parallel/test_parallel.py` runs it on processes that communicate by gloo, PyTorch's communication backend
 # for CPUs.

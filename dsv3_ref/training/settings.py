@@ -126,9 +126,9 @@ class TrainConfig:
         float | None,
         tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 1.5 on CUDA, 0 on CPU)"),
     ] = None
-    """rows per destination in a dispatch, as a multiple of the mean: with fixed sizes the host never
-    waits for the GPU within a step; a step that needs more is repeated with exact sizes; 0: always
-    exact sizes"""
+    """rows per destination in a dispatch, as a multiple of the mean: with fixed sizes the host
+    never waits for the GPU within a step; a step that needs more is repeated with exact sizes; 0:
+    always exact sizes"""
     token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
     """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
     hang_timeout: float = 600.0
