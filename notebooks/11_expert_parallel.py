@@ -453,10 +453,10 @@ from dsv3_ref.ops import use
 local_mk = torch.where(padded_m[:, None] < 40, take_rows(EXPERTS, padded_m, True), -1)
 local_mk = to_local_expert_ids(local_mk, padded_dest_m, 4)[50:75]  # what arrives at member 2
 with use("cpu", "auto"):
-    x_nd, w_nk = torch.randn(25, 64, requires_grad=True), torch.rand(25, 6)
-    exact, padded = (apply_local_experts(share, x_nd, w_nk, local_mk, None, n) for n in (None, 60))
+    x_md, w_mk = torch.randn(25, 64, requires_grad=True), torch.rand(25, 6)
+    exact, padded = (apply_local_experts(share, x_md, w_mk, local_mk, None, n) for n in (None, 60))
     assert torch.equal(exact, padded)
-    grads = [torch.autograd.grad(y.square().sum(), [x_nd, share.w2]) for y in (exact, padded)]
+    grads = [torch.autograd.grad(y.square().sum(), [x_md, share.w2]) for y in (exact, padded)]
 assert all(map(torch.equal, *grads))
 print(f"{(local_mk >= 0).sum()} choices in 60 rows: results and gradients are equal bit for bit")
 
