@@ -225,7 +225,9 @@ def take_quantized(
 
 def sum_rows(y_md: Tensor, token_m: Tensor, n: int, has_empty: bool = False) -> Tensor:
     """Return o_n = Σ y_m over the rows m of token n; with `has_empty`, row n is dropped."""
-    return IndexAdd.apply(y_md, token_m, n + 1)[:n] if has_empty else IndexAdd.apply(y_md, token_m, n)
+    return (
+        IndexAdd.apply(y_md, token_m, n + 1)[:n] if has_empty else IndexAdd.apply(y_md, token_m, n)
+    )
 
 
 def sort_choices(
