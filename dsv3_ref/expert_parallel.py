@@ -86,7 +86,7 @@ def take_quantized(
     return take_rows(q_nd, token_m, has_empty), take_rows(s_nz, token_m, has_empty)
 
 
-def sum_rows(y_md: Tensor, token_m: Tensor, n: int, has_empty: bool = False) -> Tensor:
+def sum_token_rows(y_md: Tensor, token_m: Tensor, n: int, has_empty: bool = False) -> Tensor:
     """Return o_n = Σ y_m over the rows m of token n; with `has_empty`, row n is dropped."""
     return (
         IndexAdd.apply(y_md, token_m, n + 1)[:n] if has_empty else IndexAdd.apply(y_md, token_m, n)
@@ -134,7 +134,7 @@ def apply_local_experts(
         rows = recompute(take_quantized, *quantized, token_m, is_padded)
         QUANT_CACHE[x_md] = x_md._version, *rows
     y_md = experts(x_md, tokens_per_expert_e, take_rows(weight_nk.flatten(), choice_m, is_padded))
-    return sum_rows(y_md, token_m, len(x_nd), is_padded)
+    return sum_token_rows(y_md, token_m, len(x_nd), is_padded)
 
 
 # ── Fixed sizes ──

@@ -25,7 +25,7 @@ from dsv3_ref.expert_parallel import (
     dispatch_layout,
     mask_remote_weights,
     padded_dispatch_layout,
-    sum_rows,
+    sum_token_rows,
     take_rows,
     to_local_expert_ids,
     visit_probability,
@@ -414,7 +414,7 @@ class AllToAllDispatcher:
         )
         (y_md,) = yield from tape.run_comm(Combine(layout.plan), y_md)
         n = len(x_nd)
-        return tape.run(lambda y: sum_rows(y, layout.token_m, n, layout.has_empty), y_md)
+        return tape.run(lambda y: sum_token_rows(y, layout.token_m, n, layout.has_empty), y_md)
 
     def exact_layout(self, level: DispatchLevel, expert_nk: Tensor) -> LevelLayout:
         """Return the rows to send; the host waits for their numbers, and for those to receive."""
