@@ -59,8 +59,9 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
     """Return the bytes that a micro-batch saves in a stage."""
     config, s = at.config, at.tokens
     d, r = config.dim, config.qk_rope_head_dim
-    saved: Bytes = Counter({"rotations": 4 * r * s})
-    for layer in partition_layers(config, at.num_stages)[stage]:
+    layers = partition_layers(config, at.num_stages)[stage]
+    saved: Bytes = Counter({"rotations": 4 * r * s if layers else 0})
+    for layer in layers:
         saved += block_activations(at, layer < config.n_dense_layers, s, at.stream)
     if stage < at.num_stages - 1:
         return saved
