@@ -158,6 +158,7 @@ class GRPOOutput(NamedTuple):
     kl: Tensor  # estimated by k₃, in nats
     clip_ratio: Tensor  # fraction whose gradient is clipped to 0
     importance_ratio: Tensor  # π / π_old
+    sampler_weight: Tensor  # min(π_old / π_sampler, cap); 1 without a correction
 
 
 def sequence_logprob(logp_bs: Tensor) -> Tensor:
@@ -186,12 +187,14 @@ def grpo_loss(
     logp_bs: Tensor, old_logp_bs: Tensor, ref_logp_bs: Tensor | None, advantage_b: Tensor,
     mask_bs: Tensor, epsilon: float | tuple[float, float] = 0.2, beta: float = 0.0,
     loss_type: str = "grpo", normalizer: float | None = None,
+    sampler_logp_bs: Tensor | None = None, sampler_cap: float = 2.0,
 ) -> GRPOOutput:  # fmt: skip
     """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `loss_type` (chapter 16).
 
     epsilon: one number, or (below, above). normalizer: for dapo the tokens of the global batch, for
     dr_grpo the longest completion allowed; by default those of this batch. ref_logp_bs may be None
-    if beta is 0. Values at masked positions are ignored.
+    if beta is 0. sampler_logp_bs: log π of the engine that sampled the tokens; the gain is then
+    weighted by min(π_old / π_sampler, sampler_cap). Values at masked positions are ignored.
     """
 
     def unpadded(x_bs: Tensor) -> Tensor:
@@ -212,12 +215,17 @@ def grpo_loss(
     weight_bs = torch.ones_like(ratio_bs)
     if loss_type != "sequence":
         weight_bs = mask_bs.to(ratio_bs.dtype)
-    loss_bs = (beta * kl_bs - torch.minimum(gain_bs, clipped_bs)) * weight_bs
+    sampler_weight_bs = torch.ones_like(ratio_bs)
+    if sampler_logp_bs is not None:
+        log_ratio_bs = unpadded(old_logp_bs) - unpadded(sampler_logp_bs)
+        sampler_weight_bs = log_ratio_bs.exp().clamp(max=sampler_cap).detach()
+    gained_bs = sampler_weight_bs * torch.minimum(gain_bs, clipped_bs)
+    loss_bs = (beta * kl_bs - gained_bs) * weight_bs
     loss = aggregate_loss(loss_bs, weight_bs, loss_type, normalizer)
     n = weight_bs.sum().clamp(min=1)
     means = [
         ((x_bs * weight_bs).sum() / n).detach()
-        for x_bs in (kl_bs, (clipped_bs < gain_bs).float(), ratio_bs)
+        for x_bs in (kl_bs, (clipped_bs < gain_bs).float(), ratio_bs, sampler_weight_bs)
     ]
     return GRPOOutput(loss, *means)
 

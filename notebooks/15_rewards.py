@@ -302,6 +302,20 @@ class PreferenceOutput(NamedTuple):
     reward_m: Tensor
 
 
+def pair_loss(
+    h_nd: Tensor, head_wd: Tensor, tokens_n: Tensor, mask_n: Tensor, cu_seqlens: Tensor,
+    special_tokens: SpecialTokens, judgment_weight: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute `preference_loss` from the last hidden states; return it and the rewards, (m,)."""
+    reward_m = reward_scores(h_nd, head_wd, cu_seqlens, special_tokens)
+    loss = bradley_terry(reward_m)[0].mean()
+    mask_n = mask_n[1:]
+    if judgment_weight and mask_n.any():
+        nll = linear_cross_entropy(h_nd[:-1][mask_n], head_wd, tokens_n[1:][mask_n])
+        loss = loss + judgment_weight * nll / len(reward_m)
+    return loss, reward_m
+
+
 def preference_loss(
     model: Transformer, tokens_1n: Tensor, mask_1n: Tensor, cu_seqlens: Tensor,
     special_tokens: SpecialTokens, judgment_weight: float,
@@ -311,14 +325,10 @@ def preference_loss(
     mask_1n: the tokens of judgments. cu_seqlens: 0 and the end of each sample.
     """
     h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
-    reward_m = reward_scores(h_1nd[0], model.head.weight, cu_seqlens, special_tokens)
-    loss = bradley_terry(reward_m)[0].mean()
-    mask_n = mask_1n[0, 1:]
-    if judgment_weight and mask_n.any():
-        h_nd = h_1nd[0, :-1][mask_n]
-        y_n = tokens_1n[0, 1:][mask_n]
-        nll = linear_cross_entropy(h_nd, model.head.weight, y_n)
-        loss = loss + judgment_weight * nll / len(reward_m)
+    loss, reward_m = pair_loss(
+        h_1nd[0], model.head.weight, tokens_1n[0], mask_1n[0], cu_seqlens, special_tokens,
+        judgment_weight,
+    )  # fmt: skip
     return PreferenceOutput(LossOutput(loss, [], loss.new_zeros(()), routes), reward_m)
 
 

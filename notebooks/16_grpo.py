@@ -327,6 +327,15 @@ show(fig)
 # | `bnpo` | $\sum_{it} / \sum_i \lvert o_i\rvert$ | equal weight for all tokens of the micro-batch |
 # | `dapo` | the same over the *global* batch | equal weight for all tokens, so long wrong answers are not diluted |
 # | `dr_grpo` | $\sum_{it} / (b\cdot\text{longest allowed})$ | no length bias |
+#
+# **Two programs, one policy.** Answers are sampled by an inference engine whose kernels and precision are not the trainer's, so even with equal weights
+# $\pi_{sampler} \ne \pi_{old}$, and the gradient is that of samples from another policy. Truncated importance sampling
+# ([Ionides 2008](https://doi.org/10.1198/106186008X320456); for RL of language models [Yao et al. 2025](https://fengyao.notion.site/off-policy-rl)) corrects it: the gain of each token is weighted by
+#
+# $$w = \min\left(\frac{\pi_{old}}{\pi_{sampler}},\ C\right)$$
+#
+# $w$ has no gradient. Without the cap $C$ the expectation would be exact, but a token that the sampler found a thousand times less likely than the trainer would outweigh the batch;
+# the cap trades that variance for a small bias. The KL term is not weighted, as in TRL (`token_truncate`).
 
 
 # %%
@@ -338,6 +347,7 @@ class GRPOOutput(NamedTuple):
     kl: Tensor  # estimated by k₃, in nats
     clip_ratio: Tensor  # fraction whose gradient is clipped to 0
     importance_ratio: Tensor  # π / π_old
+    sampler_weight: Tensor  # min(π_old / π_sampler, cap); 1 without a correction
 
 
 def sequence_logprob(logp_bs: Tensor) -> Tensor:
@@ -366,12 +376,14 @@ def grpo_loss(
     logp_bs: Tensor, old_logp_bs: Tensor, ref_logp_bs: Tensor | None, advantage_b: Tensor,
     mask_bs: Tensor, epsilon: float | tuple[float, float] = 0.2, beta: float = 0.0,
     loss_type: str = "grpo", normalizer: float | None = None,
+    sampler_logp_bs: Tensor | None = None, sampler_cap: float = 2.0,
 ) -> GRPOOutput:  # fmt: skip
     """Compute eq. 26: −min(ρ·A, clip(ρ)·A) + β·k₃, averaged by `loss_type` (chapter 16).
 
     epsilon: one number, or (below, above). normalizer: for dapo the tokens of the global batch, for
     dr_grpo the longest completion allowed; by default those of this batch. ref_logp_bs may be None
-    if beta is 0. Values at masked positions are ignored.
+    if beta is 0. sampler_logp_bs: log π of the engine that sampled the tokens; the gain is then
+    weighted by min(π_old / π_sampler, sampler_cap). Values at masked positions are ignored.
     """
 
     def unpadded(x_bs: Tensor) -> Tensor:
@@ -392,12 +404,17 @@ def grpo_loss(
     weight_bs = torch.ones_like(ratio_bs)
     if loss_type != "sequence":
         weight_bs = mask_bs.to(ratio_bs.dtype)
-    loss_bs = (beta * kl_bs - torch.minimum(gain_bs, clipped_bs)) * weight_bs
+    sampler_weight_bs = torch.ones_like(ratio_bs)
+    if sampler_logp_bs is not None:
+        log_ratio_bs = unpadded(old_logp_bs) - unpadded(sampler_logp_bs)
+        sampler_weight_bs = log_ratio_bs.exp().clamp(max=sampler_cap).detach()
+    gained_bs = sampler_weight_bs * torch.minimum(gain_bs, clipped_bs)
+    loss_bs = (beta * kl_bs - gained_bs) * weight_bs
     loss = aggregate_loss(loss_bs, weight_bs, loss_type, normalizer)
     n = weight_bs.sum().clamp(min=1)
     means = [
         ((x_bs * weight_bs).sum() / n).detach()
-        for x_bs in (kl_bs, (clipped_bs < gain_bs).float(), ratio_bs)
+        for x_bs in (kl_bs, (clipped_bs < gain_bs).float(), ratio_bs, sampler_weight_bs)
     ]
     return GRPOOutput(loss, *means)
 
@@ -417,19 +434,20 @@ GRPO_RECIPES["tiny"] = replace(
 
 
 # %%
-def slow(logp, old, ref, a, mask, eps, beta, kind, size):
+def slow(logp, old, ref, a, mask, eps, beta, kind, size, sampler, cap):
     """Compute the same one answer and one token at a time, from the equations."""
     answers = []
     for i in range(len(a)):
         tokens = [t for t in range(logp.shape[1]) if mask[i, t]]
-        ways = [[sum(x[i, t] for t in tokens) for x in (logp, old, ref)]] if kind == "sequence" else \
-               [[x[i, t] for x in (logp, old, ref)] for t in tokens]  # fmt: skip
+        models = logp, old, ref, sampler
+        ways = [[sum(x[i, t] for t in tokens) for x in models]] if kind == "sequence" else \
+               [[x[i, t] for x in models] for t in tokens]  # fmt: skip
         terms = []
-        for new, was, began in ways:
+        for new, was, began, sampled in ways:
             rho, d = (new - was).exp(), began - new
-            terms.append(
-                beta * (d.exp() - d - 1) - min(rho * a[i], min(max(rho, 1 - eps), 1 + eps) * a[i])
-            )
+            w = min((was - sampled).exp(), cap)
+            gain = min(rho * a[i], min(max(rho, 1 - eps), 1 + eps) * a[i])
+            terms.append(beta * (d.exp() - d - 1) - w * gain)
         answers.append(terms)
     n = sum(map(len, answers))
     if kind in ("grpo", "sequence"):
@@ -446,8 +464,10 @@ def example(b=6, s=5):
 
 
 inputs = example()
+sampler = inputs[1] + 0.5 * torch.randn(6, 5, dtype=torch.double)
 for kind in ("grpo", "bnpo", "dapo", "dr_grpo", "sequence"):
-    got, want = grpo_loss(*inputs, 0.2, 0.04, kind, 40), slow(*inputs, 0.2, 0.04, kind, 40)
+    args = *inputs, 0.2, 0.04, kind, 40, sampler, 1.5
+    got, want = grpo_loss(*args), slow(*args)
     grads = [torch.autograd.grad(x, inputs[0])[0] for x in (got.loss, want)]
     assert torch.allclose(got.loss, want, atol=1e-12) and torch.allclose(*grads, atol=1e-12)
     print(f"{kind:9} loss {got.loss:+.4f}, KL {got.kl:.4f}, {got.clip_ratio:.0%} clipped")

@@ -54,7 +54,7 @@ class Alone:
     gather = gather_for_metrics = staticmethod(lambda x: x)
 
 
-def trl_loss(kind, logp, old, ref, a, mask, eps, beta, size):
+def trl_loss(kind, logp, old, ref, a, mask, eps, beta, size, sampler_weight=None):
     """`GRPOTrainer._compute_loss` on given log-probabilities."""
     from trl import GRPOTrainer  # seconds
 
@@ -65,7 +65,8 @@ def trl_loss(kind, logp, old, ref, a, mask, eps, beta, size):
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         importance_sampling_level="token", beta=beta, epsilon_low=eps[0], epsilon_high=eps[1],
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
-        loss_type=kind, use_vllm=False, model=SimpleNamespace(training=True),
+        loss_type=kind, use_vllm=sampler_weight is not None,
+        vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True),
         current_gradient_accumulation_steps=1, max_completion_length=size, accelerator=Alone(),
         _entropy_bonus_enabled=False, _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip
@@ -74,6 +75,7 @@ def trl_loss(kind, logp, old, ref, a, mask, eps, beta, size):
         "completion_ids": torch.zeros(b, s, dtype=torch.long), "completion_mask": mask.long(),
         "old_per_token_logps": old, "ref_per_token_logps": ref,
         "num_items_in_batch": torch.tensor(float(size)),
+        "importance_sampling_ratio": sampler_weight,
     }  # fmt: skip
     return GRPOTrainer._compute_loss(stub, None, inputs), stub._metrics["train"]
 
@@ -95,21 +97,37 @@ def test_losses_and_gradients_are_trls(kind, beta, eps):
             assert got.kl.item() == pytest.approx(metrics["kl"][0], abs=1e-12)
 
 
+@pytest.mark.parametrize("kind", KINDS[:-1])
+def test_truncated_importance_sampling_is_trls(kind):
+    """TRL's mode token_truncate, with its formula for the weight."""
+    for seed in range(5):
+        logp, old, ref, a, mask = batch(6, 9, seed)
+        sampler = old + 0.6 * torch.randn(6, 9, dtype=torch.double)
+        got = grpo_loss(logp, old, ref, a, mask, 0.2, 0.04, kind, 50, sampler, 1.3)
+        weight = torch.exp((old - sampler) * mask).clamp(max=1.3)
+        want, _ = trl_loss(kind, logp, old, ref, a, mask, (0.2, 0.2), 0.04, 50, weight)
+        assert abs(got.loss - want) < 1e-10
+        assert (gradient(got.loss, logp) - gradient(want, logp)).abs().max() < 1e-10
+        assert got.sampler_weight.item() == pytest.approx(weight[mask].mean().item())
+
+
 # ── The equations, token by token ──
 
 
-def slow(logp, old, ref, a, mask, eps, beta, kind, size):
+def slow(logp, old, ref, a, mask, eps, beta, kind, size, sampler=None, cap=0.0):
     terms = []
+    sampler = old if sampler is None else sampler
     for i in range(len(a)):
         at = [t for t in range(mask.shape[1]) if mask[i, t]]
-        each = [[x[i, t] for x in (logp, old, ref)] for t in at]
+        each = [[x[i, t] for x in (logp, old, ref, sampler)] for t in at]
         if kind == "sequence":
             each = [[sum(column) for column in zip(*each)]]
         terms.append([])
-        for new, was, began in each:
+        for new, was, began, sampled in each:
             rho, d = math.exp(new - was), began - new
             gain = min(rho * a[i], min(max(rho, 1 - eps), 1 + eps) * a[i])
-            terms[-1].append(beta * (math.exp(d) - d - 1) - gain)
+            weight = min(math.exp(was - sampled), cap) if cap else 1.0
+            terms[-1].append(beta * (math.exp(d) - d - 1) - weight * gain)
     if kind in ("grpo", "sequence"):
         return sum(sum(t) / len(t) for t in terms) / len(terms)
     return sum(map(sum, terms)) / {"bnpo": mask.sum(), "dapo": size, "dr_grpo": len(a) * size}[kind]
@@ -121,6 +139,15 @@ def test_every_kind_is_its_equation(kind, shape):
     inputs = batch(*shape)
     got = grpo_loss(*inputs, 0.2, 0.1, kind, 17).loss
     assert abs(got - slow(*(x.detach() for x in inputs), 0.2, 0.1, kind, 17)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(SHAPES, st.floats(0.5, 3.0))
+def test_the_samplers_weight_is_its_equation(kind, shape, cap):
+    logp, old, *others = batch(*shape)
+    sampler = batch(*shape[:2], shape[2] + 1)[1]
+    args = logp.detach(), old, *others, 0.2, 0.1, kind, 17, sampler, cap
+    assert abs(grpo_loss(*args).loss - slow(*args)) < 1e-10
 
 
 @given(SHAPES)

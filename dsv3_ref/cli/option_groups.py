@@ -59,8 +59,8 @@ OPTION_GROUPS: dict[str, Groups] = {
     },
     "rl": {
         "problem": "tasks system",
-        "rollout": "num_generations max_new_tokens temperature rollout_backend vllm_tp"
-        " max_sampling_logp_difference",
+        "rollout": "num_generations max_new_tokens temperature rollout_backend vllm_tp rollout"
+        " rollout_dir sampler_cap max_sampling_logp_difference",
         "reward": "reward votes require_think_format negative_control",
         "objective": "loss_type scale_rewards epsilon epsilon_high beta steps_per_generation"
         " max_kl",
@@ -77,7 +77,7 @@ OPTION_GROUPS: dict[str, Groups] = {
     "serve": {
         "server": "host port served_model_name max_queue max_connections grace",
         "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"
-        " report_cached_tokens",
+        " report_cached_tokens reload_root",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed generation_config",

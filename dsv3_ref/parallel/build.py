@@ -120,6 +120,20 @@ def build_local_model(
     return model
 
 
+def build_empty_model(
+    config: Config, mesh: Mesh, stages: Sequence[int], num_stages: int
+) -> Transformer:
+    """Build this rank's part of a model that is not trained, with uninitialized weights."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    drop_unused_stages(model, config, stages, num_stages)
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        set_param(
+            model, name, torch.empty_like(local_experts_of(mesh, name, t), device=mesh.device)
+        )
+    return model.requires_grad_(False)
+
+
 def local_experts_of(mesh: Mesh, name: str, x: Tensor) -> Tensor:
     """Return this rank's part of a tensor: its own experts, or all of a dense tensor."""
     return x.chunk(mesh.ep)[mesh.ep_rank].clone() if is_expert(name) else x

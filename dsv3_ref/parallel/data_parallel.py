@@ -1,7 +1,7 @@
 """Data parallelism: every rank holds the whole model and processes its part of the batch.
 
-Reward models and RL use it: their losses need whole completions, and most of RL's time is
-generation. Gradients are averaged over ranks.
+Reward models and RL use it while a whole model fits on a rank, which can then sample from it.
+Gradients are averaged over ranks.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from dsv3_ref.parallel.watchdog import pop_waited_seconds, track_operation
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import SingleProcess
-from dsv3_ref.training.task import Data
+from dsv3_ref.training.task import Data, Task
 
 T = TypeVar("T")
 
@@ -97,9 +97,9 @@ class DataParallel(SingleProcess):
         """The number of ranks and their device, for the run's first line."""
         return f"{self.dp_size} ranks with a model each, on {self.device.type}"
 
-    def build_data(self, build: Callable[[], Data]) -> Data:
+    def build_data(self, task: Task) -> Data:
         """Build the data on every rank; raise a `UserError` if the ranks cannot share a batch."""
-        data = build()
+        data = task.build_data()
         if any(n % (self.dp_size * data.minibatches) for n in data.batch_size_schedule):
             raise UserError(
                 f"{self.dp_size} ranks × {data.minibatches} updates per step must divide "
@@ -174,3 +174,9 @@ class DataParallel(SingleProcess):
         """Write a checkpoint on rank 0, which has the same weights as all ranks."""
         if self.is_main:
             super().save_checkpoint(folder, values, tensors, ema, about)
+
+    def export_weights(self, folder: Path) -> None:
+        """Write the model on rank 0 as a Hugging Face directory; return when it is complete."""
+        if self.is_main:
+            super().export_weights(folder)
+        self.barrier()

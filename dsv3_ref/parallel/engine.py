@@ -1,6 +1,7 @@
 """A training step over all ranks, with the same losses on every mesh."""
 
 import math
+from functools import partial
 from typing import cast
 
 import torch
@@ -12,7 +13,12 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import update_expert_bias
 from dsv3_ref.optim import TrainingRecipe, skip_reason
 from dsv3_ref.parallel.bucket import Precision
-from dsv3_ref.parallel.build import build_local_model, count_stages, owning_ranks
+from dsv3_ref.parallel.build import (
+    build_empty_model,
+    build_local_model,
+    count_stages,
+    owning_ranks,
+)
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
@@ -69,9 +75,20 @@ class ParallelEngine:
         self.optimizer = ZeroOptimizer(
             self.model, config, mesh, stages, recipe, moments, zero, precision
         )
-        self.pipeline = Pipeline(
-            self.model, config, mesh, schedule, stages, dispatcher, objective, micro_batch
-        )
+        self.build_pipeline = partial(
+            Pipeline, config=config, mesh=mesh, schedule_name=schedule, stages_by_rank=stages,
+            token_dispatcher=dispatcher, objective=objective, micro_batch=micro_batch,
+        )  # fmt: skip
+        self.pipeline = self.build_pipeline(self.model)
+
+    def build_frozen(self) -> Pipeline:
+        """Build this rank's stages of a second model, whose weights are loaded afterwards.
+
+        It has no optimizer and no gradients, and shares the dispatcher with its communicators.
+        """
+        stages = [*self.pipeline.stages]
+        model = build_empty_model(self.config, self.mesh, stages, self.pipeline.last + 1)
+        return self.build_pipeline(model)
 
     def create_dispatcher(
         self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float

@@ -26,13 +26,15 @@ from dsv3_ref.parallel.data_parallel import (
     straggler_metrics,
 )
 from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.hf_shards import write_hf_shards
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
+from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.rows import LocalRows, PrefetchingLoader
 from dsv3_ref.parallel.watchdog import collective_timeout, track_operation
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.ema import EMA
 from dsv3_ref.training.malloc import free_memory
-from dsv3_ref.training.objective import RowBatch
+from dsv3_ref.training.objective import Readout, RowBatch
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import (
     StepHyperparams,
@@ -40,7 +42,7 @@ from dsv3_ref.training.strategy import (
     state_dtype,
     use_precision,
 )
-from dsv3_ref.training.task import Data, RowLoader, RowTask, Task
+from dsv3_ref.training.task import Batch, Data, RowLoader, RowTask, Task
 
 if TYPE_CHECKING:
     from dsv3_ref.training.state import Run
@@ -79,11 +81,17 @@ class MeshParallel:
 
     # ── Data and model ──
 
-    def build_data(self, build: Callable[[], Data]) -> Data:
-        """Build the data on every rank; the first one fills the caches that the others use."""
+    def build_data(self, task: Task) -> Data:
+        """Build the data on every rank; the first one fills the caches that the others use.
+
+        Rows are divided among data indices, except those of a task that replicates its data.
+        """
         is_first = self.mesh.rank == 0
-        first = call_on_ranks(lambda: build() if is_first else None)
-        data = call_on_ranks(lambda: first or build())
+        first = call_on_ranks(lambda: task.build_data() if is_first else None)
+        with redirect_stderr(sys.stderr if is_first else StringIO()):  # warnings appear once
+            data = call_on_ranks(lambda: first or task.build_data())
+        if task.replicates_data:
+            return data
         self.rows = PrefetchingLoader(
             cast(RowLoader, data.loader), self.mesh.data_rank, self.mesh.data_size, self.cpu_group
         )
@@ -119,6 +127,36 @@ class MeshParallel:
     def precision(self) -> Precision:
         """The precision of weights: fp32, bf16 or fp8."""
         return resolve_precision(self.config.precision, self.device)
+
+    def load_weights(self, model: Transformer, directory: Path) -> None:
+        """Load this rank's part of the weights of a directory into its part of a model."""
+        part = partial(local_experts_of, self.mesh)
+        native.load_into(model, directory, part, self.config.verify)
+
+    def load_frozen(self, task: Task, directory: Path) -> Pipeline:
+        """Return the stages of a second model, without optimizer and gradients.
+
+        The trained model cannot take its place: it differs from the first update on.
+        """
+        frozen = self.engine.build_frozen()
+        self.load_weights(frozen.model, directory)
+        return frozen
+
+    def read_out(
+        self, task: Task, batch: RowBatch, readout: Readout, width: int,
+        frozen: Pipeline | None = None, gather: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return `width` values of each row by a forward pass of the pipeline, (b, width).
+
+        Without `gather` only this data index's own rows have values; the others are 0.
+        """
+        pipeline = frozen or self.engine.pipeline
+        values_bx = pipeline.read_out(batch.to(self.device), readout, width)
+        if not gather:
+            return values_bx
+        if self.mesh.pp_rank:  # the first rank of each pipeline counts
+            values_bx.zero_()
+        return self.mesh.all_reduce_sum(values_bx)
 
     @contextmanager
     def precision_context(self) -> Iterator[None]:
@@ -159,9 +197,10 @@ class MeshParallel:
         if failure:
             raise failure
 
-    def train_step(self, run: "Run", batch: LocalRows, hyperparams: StepHyperparams) -> StepStats:
+    def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Run a training step on the rows of a global batch."""
-        return self.engine.train_step(batch, *hyperparams)
+        rows = run.task.row_batch(run, batch).to(self.device)
+        return self.engine.train_step(rows, *hyperparams)
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
         """Return the sum of the main loss over the tokens of the rows, in nats."""
@@ -217,6 +256,14 @@ class MeshParallel:
         """Return the values, which are already sums over all ranks."""
         return values
 
+    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Return sums over all ranks: the last stages have computed parts of each value."""
+        return dict(zip(values, self.engine.all_reduce_sum(*values.values())))
+
+    def call_once(self, make: Callable[[], Any]) -> Any:
+        """Return the value of make(), which rank 0 calls, as all ranks share the global batch."""
+        return broadcast_object_from_rank0(make)
+
     def should_stop(self, signals: list[int]) -> bool:
         """Return whether any rank has received a signal.
 
@@ -251,6 +298,11 @@ class MeshParallel:
             counters = {"optimizer_steps": optimizer_steps, "ema_t": ema.t if ema else 0}
             extra = values | counters, tensors, about
         self.checkpointer.save(self.engine, folder, extra, ema)
+
+    def export_weights(self, folder: Path) -> None:
+        """Write the model as a Hugging Face directory, each rank its part."""
+        with track_operation("weights for the engines", range(self.mesh.world)):
+            write_hf_shards(self.engine, folder)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is complete."""

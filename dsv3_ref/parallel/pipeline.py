@@ -29,14 +29,13 @@ from dsv3_ref.parallel.stage import (
     LossStats,
     LossWeights,
     MicroBatch,
-    Readout,
     Stage,
     TapeDispatcher,
 )
 from dsv3_ref.parallel.tape import R, Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.watchdog import track_operation
-from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, Readout, RowBatch
 
 # ── Messages ──
 
@@ -213,6 +212,7 @@ class Pipeline:
             s: Stage(model, config, s, num_stages, token_dispatcher, objective)
             for s in stages_by_rank[mesh.pp_rank]
         }
+        self.model = model
         self.dtype = residual_dtype(model)
         self.dispatcher: AllToAllDispatcher | None = None
         if isinstance(token_dispatcher, AllToAllDispatcher):
@@ -302,7 +302,8 @@ class Pipeline:
             return microbatches
 
         microbatches = self.repeat_if_cut(attempt)
-        own = torch.zeros(sum(map(len, parts)), width, dtype=self.dtype, device=self.mesh.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        own = torch.zeros(sum(map(len, parts)), width, dtype=dtype, device=self.mesh.device)
         for own_part, x in zip(own.split([len(part) for part in parts]), microbatches):
             if x.output is not None:
                 own_part.copy_(x.output)

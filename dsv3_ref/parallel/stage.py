@@ -20,6 +20,7 @@ from dsv3_ref.training.objective import (
     CrossEntropyLoss,
     ModelInput,
     Objective,
+    Readout,
     RowBatch,
 )
 
@@ -57,9 +58,6 @@ class LossStats:
         """Count the tokens that each expert of a layer received."""
         load_e = tokens_per_expert(expert_nk, n_experts)
         self.tokens_per_expert[layer] = self.tokens_per_expert.get(layer, 0) + load_e
-
-
-Readout = Callable[[Tensor, Tensor, RowBatch], Tensor]  # (h_bsd, head_wd, rows) → values
 
 
 @dataclass

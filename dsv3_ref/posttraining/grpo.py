@@ -22,11 +22,10 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_files
-from dsv3_ref.grpo import GRPO_RECIPES, advantages, grpo_loss
+from dsv3_ref.grpo import GRPO_RECIPES, advantages
 from dsv3_ref.model import Transformer
-from dsv3_ref.moe import Route
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
-from dsv3_ref.posttraining.logprobs import chunked_logprobs
+from dsv3_ref.posttraining.grpo_objective import GRPOObjective, RolloutRows
 from dsv3_ref.posttraining.policy import Policy, as_transformer, check_prompt_length
 from dsv3_ref.posttraining.prompts import (
     TASKS,
@@ -37,10 +36,11 @@ from dsv3_ref.posttraining.prompts import (
     parse_weights,
 )
 from dsv3_ref.posttraining.reward import RewardModel
+from dsv3_ref.posttraining.rollout_engines import RolloutEngines
 from dsv3_ref.posttraining.vllm_rollout import VllmRollouts
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import has_think_format, vote_reward
-from dsv3_ref.rope import to_cu_seqlens
+from dsv3_ref.training.objective import objective_loss
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
@@ -48,7 +48,9 @@ from dsv3_ref.verifiers.sandbox import map_parallel
 
 CONSTANT_STEPS = 10  # after so many steps without a difference between rewards, it is told
 BEFORE = "before.json"  # held-out rewards and samples of the initial model
-TOKEN_METRICS = "kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference"
+TOKEN_METRICS = (
+    "kl", "kl_k1", "clip_ratio", "entropy", "sampling_logp_difference", "sampler_weight",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,16 @@ class GRPOConfig(TrainConfig):
     Face directory"""
     vllm_tp: int = 1
     """GPUs of vLLM's engine (tensor parallelism)"""
+    rollout: tuple[str, ...] = ()
+    """URLs of OpenAI-compatible engines that sample the completions (vLLM, SGLang, dsv3 serve with
+    --reload-root), such as http://node7:8000; the environment variable DSV3_API_KEY holds their
+    key. --hang-timeout must exceed the time of a batch"""
+    rollout_dir: Path | None = None
+    """directory, on a disk that the engines read, into which the weights are written for them after
+    each update, in Hugging Face's format; vLLM must serve it; by default RUN/rollout"""
+    sampler_cap: float = 2.0
+    """cap C of the weight min(π_old / π_sampler, C) that corrects for the engines' own numerics
+    (truncated importance sampling, with --rollout); 0: no correction"""
     max_sampling_logp_difference: float = 0.5
     """stop if the mean |log π| difference between sampler and trainer exceeds this (nats)"""
     negative_control: Literal["none", "random-reward", "no-baseline"] = "none"
@@ -147,12 +159,35 @@ class GRPOConfig(TrainConfig):
                 f"{', '.join(open_ended)} have no right answers: --reward must name a reward "
                 "model, or --votes a number of votes",
             ),
-            (
-                self.pp == self.ep == 1,
-                "--pp and --ep must be 1: each rank of dsv3 rl holds the whole model",
-            ),
+            *self.rollout_rules(),
             (self.votes >= 0, "--votes must be at least 0"),
             (not (self.reward and self.votes), "give --reward or --votes, not both"),
+        ]
+
+    def rollout_rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of engines that sample, and of a mesh, which cannot sample itself."""
+        is_whole = self.pp == self.ep == 1
+        return [
+            (
+                is_whole or bool(self.rollout),
+                f"with --pp {self.pp} --ep {self.ep} no rank holds a whole model to sample from: "
+                "give --rollout the URLs of engines",
+            ),
+            (
+                is_whole or not (self.reward or self.votes),
+                "--reward and --votes need a whole model on each rank: set --pp 1 --ep 1, or "
+                "choose tasks with right answers",
+            ),
+            (
+                not self.rollout or self.rollout_backend == "native",
+                "give --rollout or --rollout-backend vllm, not both",
+            ),
+            (
+                not self.rollout or self.temperature == 1,
+                "--rollout needs --temperature 1: engines report log-probabilities of the model "
+                "before the temperature is applied",
+            ),
+            (0 <= self.sampler_cap < math.inf, "--sampler-cap must be at least 0"),
         ]
 
 
@@ -203,6 +238,7 @@ class Rollout:
     advantage: float = 0.0
     is_invalid: bool = False  # the score was not a number from 0 to 1, or there was none
     old_logps: Tensor | None = None  # log π before the first of several optimizer steps
+    ref_logps: Tensor | None = None  # log π of the reference model
 
 
 class RewardFn:
@@ -327,23 +363,25 @@ def fingerprint_model(name: str, directory: Path) -> dict[str, Any]:
 class GRPOTask:
     """GRPO: the model is trained on its own completions, rewarded relative to their group."""
 
-    requires_whole_model: ClassVar[bool] = True
+    replicates_data: ClassVar[bool] = True
     monitor: ClassVar[str] = "val_reward"
     monitor_mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(self, config: GRPOConfig):
         self.config = config
-        self.reference: Transformer | None = None
+        self.requires_whole_model = config.pp == config.ep == 1
+        self.objective = GRPOObjective(
+            config.temperature, (config.epsilon, config.epsilon_high), config.beta,
+            config.loss_type, config.max_new_tokens, config.sampler_cap if config.rollout else 0.0,
+        )  # fmt: skip
+        self.reference: Any = None  # as the strategy holds it
         self.vllm: VllmRollouts | None = None
-        self.synced_step: int | None = None  # the step whose weights vLLM has
+        self.engines: RolloutEngines | None = None
+        self.synced_step: int | None = None  # the step whose weights these have
         self.groups: list[list[Rollout]] = []  # of all processes, of the last batch
         self.rollout_seconds = 0.0
-        self.sums: dict[str, float] = defaultdict(float)  # metrics of this batch times tokens
-        self.num_rollouts = 0  # of this minibatch
-        self.num_live = 0  # those of them with a gradient
         self.num_malformed = 0  # judgments of this process's last batch
         self.num_constant_steps = 0  # consecutive ones without a difference between rewards
-        self.mean_tokens = 0.0  # of this minibatch, per process
 
     def build_data(self) -> Data:
         """Parse the tasks and decide how many prompts each step has."""
@@ -382,11 +420,9 @@ class GRPOTask:
         voter = None
         if config.beta or config.votes:
             assert config.init is not None  # `validation_rules`
-            self.reference = native.load(config.init, dtype=torch.float32, verify=config.verify).to(
-                self.device
-            )
-            self.reference.requires_grad_(False)
-            voter = Policy(self.reference, chat)
+            self.reference = strategy.load_frozen(self, config.init)
+        if config.votes:
+            voter = Policy(as_transformer(self.reference), chat)
         self.reward_fn = RewardFn(config, chat, voter, print_to_stderr, self.device)
         self.check_prompts(run)
         if config.rollout_backend == "vllm":
@@ -394,6 +430,8 @@ class GRPOTask:
                 raise UserError("--rollout-backend vllm runs in one process: start one")
             model = as_transformer(strategy.model)
             self.vllm = VllmRollouts(model, run.run_dir / "vllm", config.vllm_tp)
+        if config.rollout:
+            self.engines = RolloutEngines(config.rollout, config.seed)
         if run.is_new_from_init:
             before = {"held_out": self.score_held_out(run), "samples": self.answer_samples(run)}
             if strategy.is_main:
@@ -419,29 +457,46 @@ class GRPOTask:
         self, run: Run, problems: list[Problem], num_generations: int, temperature: float
     ) -> list[Rollout]:
         """Return a group of rewarded completions of each problem, one group after another."""
+        self.refresh_samplers(run)
+        with run.strategy.precision_context():
+            return run.strategy.call_once(
+                lambda: self.sample_rollouts(run, problems, num_generations, temperature)
+            )
+
+    def sample_rollouts(
+        self, run: Run, problems: list[Problem], num_generations: int, temperature: float
+    ) -> list[Rollout]:
+        """Sample completions of each problem and reward them, in this process."""
         model, config = as_transformer(run.strategy.model), self.config
         prompts = [build_messages(p.question, system=config.system or p.system) for p in problems]
         assert run.data.chat is not None  # `build_data` sets it
-        policy = Policy(model, run.data.chat, self.vllm)
-        if self.vllm and self.synced_step != run.state.step:
-            self.vllm.refresh(model)
-            self.synced_step = run.state.step
-        with run.strategy.precision_context():
-            completions = policy.generate(
-                prompts, num_generations, config.max_new_tokens, temperature
-            )
-            rollouts = []
-            for i, x in enumerate(completions):
-                problem = problems[i // num_generations]
-                rollouts.append(Rollout(problem, x.prompt, x.tokens, x.logps, x.text, 0.0))
-            self.reward_fn(rollouts)
+        policy = Policy(model, run.data.chat, self.engines or self.vllm)
+        completions = policy.generate(prompts, num_generations, config.max_new_tokens, temperature)
+        rollouts = []
+        for i, x in enumerate(completions):
+            problem = problems[i // num_generations]
+            rollouts.append(Rollout(problem, x.prompt, x.tokens, x.logps, x.text, 0.0))
+        self.reward_fn(rollouts)
         return rollouts
+
+    def refresh_samplers(self, run: Run) -> None:
+        """Give vLLM or the engines behind --rollout the weights of this step."""
+        if self.synced_step == run.state.step:
+            return
+        if self.vllm:
+            self.vllm.refresh(as_transformer(run.strategy.model))
+        if self.engines:
+            folder = (self.config.rollout_dir or run.run_dir / "rollout").resolve()
+            run.strategy.export_weights(folder)
+            engines, step = self.engines, run.state.step
+            run.strategy.broadcast(lambda: engines.refresh(folder, step))
+        self.synced_step = run.state.step
 
     def next_batch(self, run: Run, n: int) -> list[Rollout]:
         """Return this process's rollouts of the next n prompts, with their advantages."""
         config, start = self.config, time.perf_counter()
         group = config.num_generations
-        assert run.data.loader is not None  # `requires_whole_model`: every rank reads the data
+        assert run.data.loader is not None  # `replicates_data`: every rank reads the data
         problems = run.strategy.shard(run.data.loader.next_batch(n))
         num_malformed = self.reward_fn.num_malformed
         rollouts = self.generate_rollouts(run, problems, group, config.temperature)
@@ -465,118 +520,67 @@ class GRPOTask:
     # ── The loss ──
 
     def minibatches(self, run: Run, batch: list[Rollout]) -> list[list[Rollout]]:
-        """Deal the groups out to the optimizer steps of this batch."""
+        """Deal the groups out to the optimizer steps of this batch.
+
+        Log-probabilities that do not depend on these steps are computed before them.
+        """
         n = self.config.steps_per_generation
-        self.sums = defaultdict(float)
+        self.objective.start_batch(has_reference=self.reference is not None)
         parts: list[list[Rollout]] = [[] for _ in range(n)]
         for i, rollout in enumerate(batch):
             parts[i // self.config.num_generations % n].append(rollout)
-        if n > 1:
-            self.compute_old_logprobs(as_transformer(run.strategy.model), batch)
+        for part in map(self.with_gradient, parts):
+            if n > 1:
+                for rollout, logps in zip(part, self.logprobs(run, part)):
+                    rollout.old_logps = logps
+            if self.reference is not None:
+                for rollout, logps in zip(part, self.logprobs(run, part, self.reference)):
+                    rollout.ref_logps = logps
         return parts
 
-    def micro_batches(self, run: Run, batch: list[Rollout]) -> list[list[Rollout]]:
-        """Split the rollouts with a gradient; the others are counted but not computed."""
+    def with_gradient(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return the rollouts with a gradient, or the first one if there are none."""
+        return [x for x in rollouts if x.advantage or self.config.beta] or rollouts[:1]
+
+    def logprobs(self, run: Run, rollouts: list[Rollout], frozen: Any = None) -> list[Tensor]:
+        """Return log π of each completion's tokens, under the trained or under a frozen model."""
+        rows = make_rows(rollouts).to(self.device)
+        width = rows.sampled_logp_bt.shape[1]
+        logp_bt = run.strategy.read_out(self, rows, self.objective.read_logprobs, width, frozen)
+        return [logp_t[: len(x.tokens)] for x, logp_t in zip(rollouts, logp_bt)]
+
+    def micro_batches(self, run: Run, batch: list[Rollout]) -> list[RolloutRows]:
+        """Split the rollouts with a gradient into parts of at most --micro-batch."""
+        return self.row_batch(run, batch).split(self.config.micro_batch)
+
+    def row_batch(self, run: Run, batch: list[Rollout]) -> RolloutRows:
+        """Return the rollouts with a gradient as rows; the others are counted but not computed."""
         total = run.strategy.all_reduce({"tokens": self.num_tokens(batch)})["tokens"]
-        self.num_rollouts = len(batch)
-        self.mean_tokens = total / run.strategy.dp_size
-        live = [x for x in batch if x.advantage or self.config.beta] or batch[:1]
-        self.num_live = len(live)
-        return self.split(live)
-
-    def split(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """Split rollouts into parts of --micro-batch."""
-        n = self.config.micro_batch or len(rollouts)
-        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
-
-    @torch.no_grad()
-    def compute_old_logprobs(self, model: Transformer, rollouts: list[Rollout]) -> None:
-        """Store log π of all rollouts before the first of several optimizer steps."""
-        for part in self.split(rollouts):
-            logp_n = self.logprobs(model, part)[0]
-            for rollout, logps in zip(part, logp_n.split([len(x.tokens) for x in part])):
-                rollout.old_logps = logps
-
-    def logprobs(
-        self, model: Transformer, rollouts: list[Rollout]
-    ) -> tuple[Tensor, Tensor, list[Route]]:
-        """Return log π and entropy of all tokens of the completions end to end, and the routes.
-
-        Positions are counted instead of read off the special tokens, because a model may generate
-        any token, special ones too.
-        """
-        tokens: list[int] = []
-        is_generated: list[bool] = []
-        for x in rollouts:
-            tokens += x.prompt + x.tokens
-            is_generated += [False] * len(x.prompt) + [True] * len(x.tokens)
-        tokens_1n = torch.tensor([tokens], device=self.device)
-        mask_n = torch.tensor(is_generated, device=self.device)[1:]
-        lengths = [len(x.prompt) + len(x.tokens) for x in rollouts]
-        cu_seqlens = to_cu_seqlens(lengths, self.device)
-        h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
-        h_nd, y_n = h_1nd[0, :-1][mask_n], tokens_1n[0, 1:][mask_n]
-        temperature = self.config.temperature
-        logp_n, entropy_n = chunked_logprobs(h_nd, model.head.weight, y_n, temperature)
-        return logp_n, entropy_n, routes
+        live = self.with_gradient(batch)
+        self.objective.start_minibatch(len(batch), len(live), total / run.strategy.dp_size)
+        return make_rows(live).to(self.device)
 
     def loss(
-        self, model: Transformer, micro_batch: list[Rollout], balance_loss_scope: BalanceLossScope
+        self, model: Transformer, micro_batch: RolloutRows, balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `grpo_loss` of a micro-batch as its part of the mean over all rollouts."""
-        config = self.config
-        logp_n, entropy_n, routes = self.logprobs(model, micro_batch)
-        old_n = old_logprobs(micro_batch)
-        if old_n is None:
-            old_n = logp_n.detach()
-        ref_n = None
-        if self.reference:
-            with torch.no_grad():
-                ref_n = self.logprobs(self.reference, micro_batch)[0]
-        output = grpo_loss(
-            pad_completions(logp_n, micro_batch), pad_completions(old_n, micro_batch),
-            None if ref_n is None else pad_completions(ref_n, micro_batch),
-            torch.tensor([x.advantage for x in micro_batch], device=self.device),
-            pad_completions(torch.ones_like(logp_n), micro_batch),
-            (config.epsilon, config.epsilon_high), config.beta, config.loss_type,
-            self.normalizer(len(micro_batch)),
-        )  # fmt: skip
-        difference = (logp_n - sampled_logprobs(micro_batch, self.device)).abs().mean()
-        self.accumulate_metrics(
-            len(logp_n), kl=output.kl, clip_ratio=output.clip_ratio, entropy=entropy_n.mean(),
-            sampling_logp_difference=difference,
-        )  # fmt: skip
-        if ref_n is not None:
-            self.sums["kl_k1"] += (logp_n - ref_n).sum().item()
-        weight = 1.0 if config.loss_type == "dapo" else self.num_live / self.num_rollouts
-        return LossOutput(output.loss * weight, [], output.loss.new_zeros(()), routes)
+        return objective_loss(self.objective, model, micro_batch)
 
-    def normalizer(self, num_rollouts: int) -> float | None:
-        """Return the `normalizer` of `grpo_loss` for a micro-batch of so many rollouts."""
-        if self.config.loss_type == "dapo":
-            return self.mean_tokens * num_rollouts / self.num_live
-        return self.config.max_new_tokens if self.config.loss_type == "dr_grpo" else None
-
-    def loss_weight(self, micro_batch: list[Rollout]) -> int:
+    def loss_weight(self, micro_batch: RolloutRows) -> int:
         """Return the number of rollouts."""
         return len(micro_batch)
-
-    def accumulate_metrics(self, num_tokens: int, **means: Tensor) -> None:
-        """Add means over tokens to the sums of this batch."""
-        self.sums["tokens"] += num_tokens
-        for name, value in means.items():
-            self.sums[name] += num_tokens * float(torch.as_tensor(value).detach())
 
     # ── Metrics and validation ──
 
     def token_means(self, run: Run) -> dict[str, float]:
         """Return this batch's metrics averaged over tokens; abort a run that diverges."""
-        config, sums = self.config, run.strategy.all_reduce(self.sums)
+        own = {name: float(value) for name, value in self.objective.sums.items()}
+        config, sums = self.config, run.strategy.sum_over_ranks(own)
         means = {k: v / max(1.0, sums["tokens"]) for k, v in sums.items()}
         if not means.get("kl_k1", 0.0) <= config.max_kl:  # the tail of k₃ is too heavy
             run.abort("KL to the reference model", means["kl_k1"])
         difference = means["sampling_logp_difference"]
-        if self.vllm and not difference <= config.max_sampling_logp_difference:
+        if (self.vllm or self.engines) and not difference <= config.max_sampling_logp_difference:
             run.abort("difference of log π between sampler and trainer", difference)
         return means
 
@@ -664,7 +668,9 @@ class GRPOTask:
         }  # fmt: skip
 
     def summarize_rank(self, run: Run) -> None:
-        """Do nothing: rank 0 answers the samples alone; the rest was gathered before."""
+        """Take part in answering the samples, unless rank 0 can do it alone."""
+        if not self.requires_whole_model:
+            self.answer_samples(run)
 
     def describe_data(self, run: Run) -> str:
         """Return how many prompts and completions of which tasks a step has."""
@@ -681,24 +687,24 @@ class GRPOTask:
         return f"{name}: {what} {before:.3f} before, {after:.3f} after, on held-out problems"
 
 
-# ── Log-probabilities of a micro-batch ──
+# ── Rows ──
 
 
-def pad_completions(x_n: Tensor, rollouts: list[Rollout]) -> Tensor:
-    """Split values of all completions' tokens end to end into padded rows, (b, s)."""
-    lengths = [len(rollout.tokens) for rollout in rollouts]
-    return pad_sequence(list(x_n.split(lengths)), batch_first=True)
+def make_rows(rollouts: list[Rollout]) -> RolloutRows:
+    """Return rollouts as rows of prompts with their completions."""
+    samples = [torch.tensor(x.prompt + x.tokens) for x in rollouts]
+    return RolloutRows(
+        rows_bs=pad_sequence(samples, batch_first=True),
+        num_prompt_tokens_b=torch.tensor([len(x.prompt) for x in rollouts]),
+        num_tokens_b=torch.tensor([len(sample) for sample in samples]),
+        advantage_b=torch.tensor([x.advantage for x in rollouts]),
+        sampled_logp_bt=pad_sequence([torch.tensor(x.logps) for x in rollouts], batch_first=True),
+        old_logp_bt=pad_logprobs([x.old_logps for x in rollouts]),
+        ref_logp_bt=pad_logprobs([x.ref_logps for x in rollouts]),
+    )
 
 
-def old_logprobs(rollouts: list[Rollout]) -> Tensor | None:
-    """Return log π of all tokens before the first optimizer step, (n,); None if not computed."""
-    stored = [rollout.old_logps for rollout in rollouts if rollout.old_logps is not None]
-    return torch.cat(stored) if stored else None
-
-
-def sampled_logprobs(rollouts: list[Rollout], device: torch.device) -> Tensor:
-    """Return log π of all tokens when they were sampled, (n,)."""
-    logps: list[float] = []
-    for rollout in rollouts:
-        logps += rollout.logps
-    return torch.tensor(logps, device=device)
+def pad_logprobs(logps: list[Tensor | None]) -> Tensor | None:
+    """Pad log-probabilities of completions to equal lengths, (b, t); None if not computed."""
+    computed = [x for x in logps if x is not None]
+    return pad_sequence(computed, batch_first=True) if computed else None

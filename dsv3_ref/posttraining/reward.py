@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 import tyro
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref.checkpoints import atomic, native
 from dsv3_ref.config import UserError
@@ -22,21 +23,22 @@ from dsv3_ref.data.conversations import (
 )
 from dsv3_ref.data.files import print_to_stderr
 from dsv3_ref.data.fingerprint import fingerprint_samples
-from dsv3_ref.data.packing import find_cu_seqlens, read_flags
+from dsv3_ref.data.packing import FlaggedRows, find_cu_seqlens, read_flags
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
-from dsv3_ref.posttraining.policy import as_transformer, check_prompt_length
+from dsv3_ref.posttraining.policy import check_prompt_length
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.rewards import (
     bradley_terry,
     calibration,
     judge_prompt,
-    preference_loss,
+    pair_loss,
     reward_scores,
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens
+from dsv3_ref.training.objective import ModelInput, RowBatch, objective_loss, valid_places
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
@@ -87,10 +89,6 @@ class RewardConfig(TrainConfig):
         """Return the rules of this command: whether each holds, and the error if not."""
         return [
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
-            (
-                self.pp == self.ep == 1,
-                "--pp and --ep must be 1: each rank of dsv3 reward holds the whole model",
-            ),
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
             (0 < self.epochs < float("inf"), "--epochs must be above 0"),
@@ -104,22 +102,70 @@ class RewardConfig(TrainConfig):
         return PairFormat(self.model.max_seq_len, self.judge == "cot", self.with_reference)
 
 
+@dataclass(frozen=True)
+class PairRows(RowBatch):
+    """Pairs as rows: both flagged samples end to end, chosen first, and padding."""
+
+    num_tokens_b: Tensor
+
+    def packed(self) -> FlaggedRows:
+        """Return all samples end to end without padding, (1, n)."""
+        return read_flags(self.rows_bs[valid_places(self.rows_bs, self.num_tokens_b)][None])
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """`preference_loss` of chapter 15, averaged over pairs, each of which is one row."""
+
+    special_tokens: SpecialTokens
+    judgment_weight: float
+    trains_mtp: ClassVar[bool] = False
+
+    def model_input(self, batch: PairRows) -> ModelInput:
+        """Return all samples, as one row."""
+        rows = batch.packed()
+        return ModelInput(rows.tokens_bs, find_cu_seqlens(rows.start_bs))
+
+    def loss_weight(self, batch: PairRows) -> int:
+        """Return the number of pairs."""
+        return len(batch)
+
+    def loss(self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows) -> Tensor:
+        """Return the mean loss of the pairs."""
+        if not len(batch):
+            return h_1nd.sum()
+        rows = batch.packed()
+        return pair_loss(
+            h_1nd[0], head_wd, rows.tokens_bs[0], rows.mask_bs[0],
+            find_cu_seqlens(rows.start_bs), self.special_tokens, self.judgment_weight,
+        )[0]  # fmt: skip
+
+    def read_scores(self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows) -> Tensor:
+        """Return the rewards of both samples of each pair, (b, 2)."""
+        cu_seqlens = find_cu_seqlens(batch.packed().start_bs)
+        reward_m = reward_scores(h_1nd[0], head_wd, cu_seqlens, self.special_tokens)
+        return reward_m.view(len(batch), 2)
+
+
 class RewardTask:
     """Training of a reward model on pairs of answers."""
 
-    requires_whole_model: ClassVar[bool] = True
+    objective: PreferenceObjective  # `build_data` sets it
+    replicates_data: ClassVar[bool] = True
     monitor: ClassVar[str] = "val_loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
 
     def __init__(self, config: RewardConfig):
         self.config = config
+        self.requires_whole_model = config.pp == config.ep == 1
         self.held_out: list[Pair] = []
 
     def build_data(self) -> Data:
         """Read pairs, hold some out, and decide how many each step reads."""
         config, recipe = self.config, self.config.recipe
         chat = find_chat_template(config)
-        self.special_tokens = chat.special_tokens
+        weight = config.judgment_weight * (config.judge == "cot")
+        self.objective = PreferenceObjective(chat.special_tokens, weight)
         pairs: list[Pair] = []
         fingerprints = []
         for name in config.data:
@@ -133,7 +179,7 @@ class RewardTask:
             names=list(config.data),
             batch_size_schedule=get_batch_size_schedule(replace(recipe, steps=steps), steps),
             val={},
-            special_tokens=self.special_tokens,
+            special_tokens=chat.special_tokens,
             loader=PairDataset(pairs, config.seed),
             chat=chat,
             tokenizer=chat.tokenizer,
@@ -146,30 +192,30 @@ class RewardTask:
 
     def next_batch(self, run: Run, n: int) -> list[Pair]:
         """Return this process's part of the next n pairs."""
-        assert run.data.loader is not None  # `requires_whole_model`: every rank reads the data
+        assert run.data.loader is not None  # `replicates_data`: every rank reads the data
         return run.strategy.shard(run.data.loader.next_batch(n))
 
     def minibatches(self, run: Run, batch: list[Pair]) -> list[list[Pair]]:
         """Return the batch as one minibatch: it takes one optimizer step."""
         return [batch]
 
-    def micro_batches(self, run: Run, batch: list[Pair]) -> list[list[Pair]]:
-        """Split a minibatch into parts of --micro-batch pairs."""
-        n = self.config.micro_batch or len(batch)
-        return [batch[i : i + n] for i in range(0, len(batch), n)]
+    def micro_batches(self, run: Run, batch: list[Pair]) -> list[PairRows]:
+        """Split a minibatch into parts of at most --micro-batch pairs."""
+        return self.row_batch(run, batch).split(self.config.micro_batch)
+
+    def row_batch(self, run: Run, batch: list[Pair]) -> PairRows:
+        """Return pairs as rows."""
+        rows = [torch.tensor(chosen + rejected) for chosen, rejected in batch]
+        lengths = torch.tensor([len(row) for row in rows])
+        return PairRows(pad_sequence(rows, batch_first=True), lengths).to(self.device)
 
     def loss(
-        self, model: Transformer, micro_batch: list[Pair], balance_loss_scope: BalanceLossScope
+        self, model: Transformer, micro_batch: PairRows, balance_loss_scope: BalanceLossScope
     ) -> LossOutput:
         """Return `preference_loss` of a micro-batch, averaged over its pairs."""
-        rows = read_flags(concat_samples(flatten_pairs(micro_batch), self.device))
-        weight = self.config.judgment_weight * (self.config.judge == "cot")
-        return preference_loss(
-            model, rows.tokens_bs, rows.mask_bs, find_cu_seqlens(rows.start_bs),
-            self.special_tokens, weight,
-        ).losses  # fmt: skip
+        return objective_loss(self.objective, model, micro_batch)
 
-    def loss_weight(self, micro_batch: list[Pair]) -> int:
+    def loss_weight(self, micro_batch: PairRows) -> int:
         """Return the number of pairs."""
         return len(micro_batch)
 
@@ -177,20 +223,16 @@ class RewardTask:
         """Return the number of tokens that the model reads."""
         return sum(len(chosen) + len(rejected) for chosen, rejected in batch)
 
-    @torch.no_grad()
     def score_held_out(self, run: Run) -> Tensor:
         """Return the rewards of held-out pairs, with the judgments of the data, (m,)."""
-        model = as_transformer(run.strategy.model)
         rewards = []
         for i in range(0, len(self.held_out), VAL_PAIRS):
-            samples = flatten_pairs(self.held_out[i : i + VAL_PAIRS])
-            rows = read_flags(concat_samples(samples, self.device))
+            rows = self.row_batch(run, self.held_out[i : i + VAL_PAIRS])
             with run.strategy.precision_context():
-                rewards.append(
-                    score_packed(
-                        model, rows.tokens_bs, find_cu_seqlens(rows.start_bs), self.special_tokens
-                    )
+                reward_b2 = run.strategy.read_out(
+                    self, rows, self.objective.read_scores, 2, gather=True
                 )
+            rewards.append(reward_b2.flatten())
         return torch.cat(rewards)
 
     def metrics(self, run: Run, row: dict) -> dict:
@@ -214,7 +256,9 @@ class RewardTask:
         }  # fmt: skip
 
     def summarize_rank(self, run: Run) -> None:
-        """Do nothing: rank 0 scores the held-out pairs alone."""
+        """Take part in scoring the held-out pairs, unless rank 0 has the whole model."""
+        if not self.requires_whole_model:
+            self.score_held_out(run)
 
     def describe_data(self, run: Run) -> str:
         """Return how many pairs of which files are trained on, for the start message."""
@@ -226,14 +270,6 @@ class RewardTask:
 
 
 # ── Packed samples ──
-
-
-def flatten_pairs(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Return the samples of pairs in their order: chosen, rejected, chosen, rejected."""
-    samples: list[list[int]] = []
-    for pair in pairs:
-        samples += pair
-    return samples
 
 
 def concat_samples(samples: Sequence[list[int]], device: torch.device | str) -> Tensor:

@@ -27,7 +27,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, sft_loss
-from dsv3_ref.training.objective import CompletionLoss, Objective
+from dsv3_ref.training.objective import CompletionLoss, Objective, RowBatch
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
@@ -81,6 +81,7 @@ class SFTTask:
     """Fine-tuning on packed conversations; only the assistant's tokens are learned."""
 
     requires_whole_model: ClassVar[bool] = False
+    replicates_data: ClassVar[bool] = False
     objective: ClassVar[Objective] = CompletionLoss()
     monitor: ClassVar[str] = "val_loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
@@ -136,6 +137,10 @@ class SFTTask:
     def micro_batches(self, run: Run, batch: torch.Tensor) -> list[torch.Tensor]:
         """Split a minibatch into parts of --micro-batch rows."""
         return split_rows(batch, self.config.micro_batch)
+
+    def row_batch(self, run: Run, batch: torch.Tensor) -> RowBatch:
+        """Return the rows of a minibatch."""
+        return RowBatch(batch)
 
     def loss(
         self, model: Transformer, micro_batch: torch.Tensor, balance_loss_scope: BalanceLossScope

@@ -31,6 +31,7 @@ from dsv3_ref.serving.network import (
 from dsv3_ref.serving.openapi import describe_api
 from dsv3_ref.serving.output_processor import REQUEST_FAILED, CompletionPiece, ServedRequest
 from dsv3_ref.serving.protocol import (
+    RELOAD,
     CompletionRequest,
     HTTPError,
     error_body,
@@ -85,6 +86,8 @@ async def collect_response(
         part = parsers[r].push(texts[r], is_last=True)
         finish_reason = parsers[r].finish_reason(finish_reasons[r])
         choices.append(make_choice(request, i, part, logprobs[r], finish_reason))
+        if request.returns_token_ids:
+            choices[-1]["token_ids"] = r.tokens[r.num_prompt_tokens :]
     usage = service.usage(request, served, sum(num_tokens.values()))
     return head | {"choices": choices, "usage": usage}
 
@@ -277,6 +280,11 @@ class Endpoints:
         finally:
             service.close(request, served)
 
+    async def update_weights(self, http_request: "HTTPRequest") -> "Response":
+        """Load other weights into the running model."""
+        data = await read_body(http_request, self.service.max_body_bytes)
+        return json_response(await self.service.update_weights(data), 200)
+
     def health(self) -> "Response":
         """Return whether the server is ready (status 200), draining or failed (status 503)."""
         status = self.service.status
@@ -359,6 +367,12 @@ def build_app(service: Service) -> "FastAPI":
     @app.post("/detokenize")
     async def detokenize(request: HTTPRequest):
         return await endpoints.respond(request, endpoints.detokenize)
+
+    if service.args.reload_root:
+
+        @app.post(RELOAD)
+        async def update_weights(request: HTTPRequest):
+            return await endpoints.respond(request, endpoints.update_weights)
 
     @app.api_route("/v1/models", methods=READABLE)
     @app.api_route("/v1/models/", methods=READABLE)

@@ -147,6 +147,9 @@ class ServeConfig:
     """take temperature, top_p, top_k, min_p and repetition_penalty from the model's
     generation_config.json where a request leaves them out, as vLLM does; otherwise OpenAI's
     defaults"""
+    reload_root: Path | None = None
+    """let clients load other weights of the same shape from directories under this one (POST
+    /update_weights_from_disk, as in SGLang), for `dsv3 rl --rollout`; needs an API key"""
     device: str = "auto"
     """cpu, cuda, or auto, which selects a GPU if there is one"""
     verify: bool = True
@@ -177,7 +180,15 @@ def validate_serve_config(args: ServeConfig) -> None:
         raise UserError(
             f"--kv-cache-tokens must be at least two blocks ({2 * args.block_size} tokens)"
         )
-    api_keys(args)
+    if not api_keys(args) and args.reload_root:
+        raise UserError(
+            f"--reload-root {args.reload_root} lets clients change the model: set an API key "
+            f"(--api-key or {API_KEY_VARIABLE})"
+        )
+    if args.prefill_workers and args.reload_root:
+        raise UserError(
+            "--reload-root does not reach the models of --prefill-workers: set --prefill-workers 0"
+        )
 
 
 def api_keys(args: ServeConfig | ChatConfig) -> tuple[str, ...]:

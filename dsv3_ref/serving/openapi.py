@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dsv3_ref.serving.fields import Field, JSONObject, object_schema
-from dsv3_ref.serving.protocol import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from dsv3_ref.serving.protocol import CHAT, COMPLETIONS, DETOKENIZE, RELOAD, TOKENIZE
 
 TEXT = {"type": "string"}
 COUNT = {"type": "integer", "minimum": 0}
@@ -46,6 +46,7 @@ def describe_api(fields: Mapping[str, Mapping[str, Field]], max_body_bytes: int)
             },
             "/health": {"get": operation("Tell the status", object_of(status=TEXT), 503)},
             "/metrics": {"get": operation("Return Prometheus' metrics", TEXT, kind="text/plain")},
+            **({RELOAD: {"post": reload_operation(fields[RELOAD])}} if RELOAD in fields else {}),
         },
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
@@ -64,6 +65,12 @@ def token_paths(fields: Mapping[str, Mapping[str, Field]]) -> JSONObject:
         object_schema(fields[DETOKENIZE], ["tokens"]),
     )  # fmt: skip
     return {TOKENIZE: {"post": tokenize}, DETOKENIZE: {"post": detokenize}}
+
+
+def reload_operation(fields: Mapping[str, Field]) -> JSONObject:
+    """Return the description of the endpoint that loads other weights."""
+    answer = object_of(success={"type": "boolean"}, message=TEXT)
+    return body_operation("Load other weights", answer, object_schema(fields, ["model_path"]))
 
 
 def completion_path(

@@ -41,6 +41,7 @@ class ServedRequest(Request):
     text: StreamDetokenizer  # used by the output processor only, like `entries` and `is_closed`
     entries: deque[tuple[int, JSONObject]] = field(default_factory=deque)
     echo: bool = False  # its text begins with the prompt's
+    returns_token_ids: bool = False  # with log-probabilities of all of them, its end's too
     num_prompt_characters: int = 0  # of an echoed prompt, once it has been returned
     is_closed: bool = False  # its last piece has been delivered
     hit_stop_text: bool = False  # ended by one of the client's stop strings
@@ -110,6 +111,9 @@ class OutputProcessor(threading.Thread):
                     start = request.num_prompt_characters + request.text.start_of_token
                     entry = self.describe_logprob(token, logprob, start)
                     request.entries.append((request.text.end_of_token, entry))
+            elif request.returns_token_ids and logprob:
+                end = request.text.end_of_token
+                request.entries.append((end, self.describe_logprob(token, logprob, end)))
             if request.text.ended:
                 break
         finish_reason = output.finish_reason

@@ -26,6 +26,7 @@ from dsv3_ref.serving.tool_calls import AnswerPart, CallMarks
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+RELOAD = "/update_weights_from_disk"  # as in SGLang
 MAX_TEMPERATURE = 2
 
 # ── Fields ──
@@ -90,6 +91,7 @@ def completion_fields(limits: FieldLimits) -> dict[str, Field]:
         "echo": flag(),
         "suffix": string(),
         "best_of": integer(1, limits.max_n),
+        "return_token_ids": flag(),
     }
 
 
@@ -191,6 +193,7 @@ class CompletionRequest:
     include_usage: bool  # at the end of a stream
     num_logprobs: int  # alternatives listed with each token's log-probability; −1: no logprobs
     echo: bool  # completions begin with the prompt
+    returns_token_ids: bool  # also of the end token, as vLLM does
     call_marks: CallMarks | None = None  # of the calls to parse, if the request has tools
     opening: str = ""  # with which an answer begins: the <think> at the end of its prompt
 
@@ -229,6 +232,7 @@ def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest
         include_usage=values.get("stream_options", {}).get("include_usage", False),
         num_logprobs=count_alternatives(values, chat),
         echo=values.get("echo", False),
+        returns_token_ids=values.get("return_token_ids", False),
     )
 
 
@@ -281,6 +285,11 @@ def check_combinations(values: JSONObject) -> None:
             "suffix",
             not (echo and values.get("suffix")),
             "suffix cannot be combined with echo: leave one of them out",
+        ),
+        (
+            "return_token_ids",
+            not (values.get("return_token_ids") and (stream or echo or values.get("stop"))),
+            "return_token_ids cannot be combined with stream, echo or stop: leave them out",
         ),
         (
             "min_tokens",

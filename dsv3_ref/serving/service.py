@@ -8,12 +8,14 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
+from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, load_into
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, check_tokens
@@ -33,6 +35,7 @@ from dsv3_ref.serving.fields import (
     JSONObject,
     are_token_ids,
     parse_fields,
+    string,
 )
 from dsv3_ref.serving.json_body import parse_json
 from dsv3_ref.serving.output_processor import CompletionPiece, ServedRequest
@@ -44,6 +47,7 @@ from dsv3_ref.serving.protocol import (
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
+    RELOAD,
     MAX_TEMPERATURE,
     TOKENIZE,
     endpoint_fields,
@@ -85,6 +89,8 @@ class Service:
         max_len = self.engine.scheduler.max_model_len
         self.limits = FieldLimits(max_len, args.max_n, model.config.vocab_size)
         self.fields = endpoint_fields(self.limits)
+        if args.reload_root:
+            self.fields[RELOAD] = {"model_path": string()}
         self.sampling_defaults = sampling_defaults(self.chat, self.limits, args)
         self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
         self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
@@ -228,6 +234,23 @@ class Service:
             )
         return {"prompt": self.tokenizer.decode(tokens, skip_special_tokens=False)}
 
+    async def update_weights(self, data: bytes) -> JSONObject:
+        """Load the weights of a directory under --reload-root into the running model.
+
+        Raises an `HTTPError` if it may not be loaded, a `UserError` if it does not fit. Requests
+        that are running continue with the new weights.
+        """
+        if self.args.reload_root is None:
+            raise HTTPError(403, "this server keeps its weights: start it with --reload-root")
+        values = self.read_values(data, RELOAD)
+        root, folder = self.args.reload_root.resolve(), Path(values.get("model_path", "")).resolve()
+        if not folder.is_relative_to(root):
+            raise HTTPError(403, "model_path is not under --reload-root: write the weights there")
+        load = partial(load_into, directory=folder, verify=self.args.verify)
+        future = self.engine_thread.call_between_steps(load, reset_prefix_cache=True)
+        await asyncio.wrap_future(future)
+        return {"success": True, "message": f"loaded {folder.name}"}
+
     def unknown_model(self, name: str) -> HTTPError:
         """Return the error for a model that this server does not serve."""
         message = f"there is no model {name[:80]!r}; this server serves {self.name!r}"
@@ -352,6 +375,7 @@ class Service:
             cache_salt=cache_salt,
             index=index,
             echo=request.echo,
+            returns_token_ids=request.returns_token_ids,
             sink=sink,
             text=StreamDetokenizer(self.tokenizer, request.stop),
         )

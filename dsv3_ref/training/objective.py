@@ -4,14 +4,18 @@ A strategy on several ranks needs no more of a task: it splits the rows of a bat
 indices and micro-batches, and the last stage of a pipeline computes the loss.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from dsv3_ref.config import ceil_div
 from dsv3_ref.data.packing import find_cu_seqlens, read_flags
+from dsv3_ref.model import Transformer
 from dsv3_ref.ops import linear_cross_entropy
+from dsv3_ref.pretrain import LossOutput
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class RowBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: x for name, x in values.items() if x is not None}
 
+    def split(self, size: int) -> list[Self]:
+        """Split the rows into parts of at most `size` rows; 0: one part."""
+        return self.tensor_split(max(1, ceil_div(len(self), size))) if size else [self]
+
     def tensor_split(self, n: int) -> list[Self]:
         """Split the rows into n parts, whose sizes differ by at most one."""
         parts = {name: x.tensor_split(n) for name, x in self.tensors().items()}
@@ -37,6 +45,14 @@ class RowBatch:
         """Return the same rows on a device."""
         moved: dict[str, Any] = {name: x.to(device) for name, x in self.tensors().items()}
         return replace(self, **moved)
+
+
+def valid_places(x_bs: Tensor, length_b: Tensor) -> Tensor:
+    """Return which entries of rows come before their lengths, (b, s); the rest is padding."""
+    return torch.arange(x_bs.shape[1], device=x_bs.device) < length_b[:, None]
+
+
+Readout = Callable[[Tensor, Tensor, Any], Tensor]  # (h_bsd, head_wd, rows) → values of each row
 
 
 class ModelInput(NamedTuple):
@@ -65,6 +81,14 @@ class Objective(Protocol):
 
     def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: Any) -> Tensor:
         """Return the loss of a batch from normalized hidden states; 0 for one without rows."""
+
+
+def objective_loss(objective: Objective, model: Transformer, batch: RowBatch) -> LossOutput:
+    """Return an objective's loss of a batch under a whole model."""
+    tokens_bs, cu_seqlens = objective.model_input(batch)
+    h_bsd, routes = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
+    loss = objective.loss(h_bsd, model.head.weight, batch)
+    return LossOutput(loss, [], loss.new_zeros(()), routes)
 
 
 class CrossEntropyLoss:

@@ -114,7 +114,7 @@ def starts_from_init(config: TrainConfig, run_dir: Path) -> bool:
 def build_run(task: Task, strategy: Strategy, run_dir: Path) -> Run:
     """Build data, model, optimizer and state of a run at step 0."""
     config = task.config
-    data = strategy.build_data(task.build_data)
+    data = strategy.build_data(task)
     torch.manual_seed(config.seed)
     init = config.init if starts_from_init(config, run_dir) else None
     strategy.build_model(task, init)

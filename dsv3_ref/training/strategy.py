@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv3_ref import ops
 from dsv3_ref.checkpoints import manifest, native
 from dsv3_ref.checkpoints.atomic import atomic_dir, read_json
+from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.layout import STATE, TENSORS
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.checkpoints.storage import whole_ranges
@@ -23,6 +24,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.training.ema import EMA
+from dsv3_ref.training.objective import Readout, RowBatch
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.task import Batch, Data, RowTask, Task
 
@@ -81,8 +83,8 @@ class Strategy(Protocol):
     def description(self) -> str:
         """The device or devices, for the start message."""
 
-    def build_data(self, build: Callable[[], Data]) -> Data:
-        """Return the value of build() on every rank, with a loader of this rank's part."""
+    def build_data(self, task: Task) -> Data:
+        """Build a task's data on every rank, with a loader of this rank's part."""
 
     def build_model(self, task: Task, init: Path | None) -> None:
         """Build model and optimizer of a task; with `init`, load the model's weights."""
@@ -108,6 +110,23 @@ class Strategy(Protocol):
     def refresh_model(self) -> None:
         """Compute the model's weights from changed masters; a collective call."""
 
+    def load_frozen(self, task: Task, directory: Path) -> Any:
+        """Return a second model for `read_out`, without optimizer and gradients.
+
+        It has the shape of the trained model, is divided among ranks alike, and has the weights of
+        `directory`.
+        """
+
+    def read_out(
+        self, task: Task, batch: RowBatch, readout: Readout, width: int, frozen: Any = None,
+        gather: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return `width` values of each row by a forward pass without gradients, (b, width).
+
+        frozen: the result of `load_frozen`; None: the trained model. If the rows of a batch belong
+        to several data indices, those of others are 0 unless `gather` is True.
+        """
+
     def expert_biases(self) -> list[Tensor | None]:
         """Return the gate biases of all MoE layers."""
 
@@ -130,7 +149,13 @@ class Strategy(Protocol):
         """Return the parts of all processes as one list, in the order it had before `shard`."""
 
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
-        """Return sums over all processes."""
+        """Return sums over all processes of what each has counted in its part of a batch."""
+
+    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Return sums over all processes of what each has computed, with the same names on all."""
+
+    def call_once(self, make: Callable[[], Item]) -> Item:
+        """Return the value of make(), called by one of the processes that share a batch's part."""
 
     def should_stop(self, signals: list[int]) -> bool:
         """Return whether any process has received a signal to stop."""
@@ -153,6 +178,9 @@ class Strategy(Protocol):
 
         about: what the manifest records about the run.
         """
+
+    def export_weights(self, folder: Path) -> None:
+        """Write the model as a Hugging Face directory for engines, each rank its part."""
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint being written is complete."""
@@ -241,9 +269,9 @@ class SingleProcess:
         """The name of the device."""
         return str(self.device)
 
-    def build_data(self, build: Callable[[], Data]) -> Data:
-        """Return the value of build()."""
-        return build()
+    def build_data(self, task: Task) -> Data:
+        """Return the task's data."""
+        return task.build_data()
 
     def build_model(self, task: Task, init: Path | None) -> None:
         """Build model and optimizer of a task; with `init`, load the model's weights."""
@@ -288,6 +316,25 @@ class SingleProcess:
     def refresh_model(self) -> None:
         """Do nothing: the masters are the model's weights."""
 
+    def load_frozen(self, task: Task, directory: Path) -> Transformer:
+        """Return the model of a directory in fp32, which is not trained."""
+        model = native.load(directory, dtype=torch.float32, verify=task.config.verify)
+        return model.to(self.device).requires_grad_(False)
+
+    @torch.no_grad()
+    def read_out(
+        self, task: Task, batch: RowBatch, readout: Readout, width: int, frozen: Any = None,
+        gather: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Return `width` values of each row by a forward pass without gradients, (b, width)."""
+        model = frozen or self.model
+        values = []
+        for part in batch.split(task.config.micro_batch):
+            tokens_bs, cu_seqlens = task.objective.model_input(part)
+            h_bsd, _ = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
+            values.append(readout(h_bsd, model.head.weight, part))
+        return torch.cat(values)
+
     def expert_biases(self) -> list[Tensor | None]:
         """Return the gate biases of all MoE layers."""
         return [m.gate.bias for m in moe_layers(self.model).values()]
@@ -315,6 +362,14 @@ class SingleProcess:
     def all_reduce(self, values: dict[str, float]) -> dict[str, float]:
         """Return the values."""
         return values
+
+    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Return the values, summed like those of `all_reduce`."""
+        return self.all_reduce(values)
+
+    def call_once(self, make: Callable[[], Item]) -> Item:
+        """Return the value of make(): no other process has this part of a batch."""
+        return make()
 
     def should_stop(self, signals: list[int]) -> bool:
         """Return whether this process has received a signal."""
@@ -350,6 +405,10 @@ class SingleProcess:
             save_file({name: x.cpu() for name, x in tensors.items()}, tmp / TENSORS)
             (tmp / STATE).write_text(json.dumps(values), encoding="utf-8")
             manifest.write_manifest(tmp, about)
+
+    def export_weights(self, folder: Path) -> None:
+        """Write the model as a Hugging Face directory."""
+        save_hf(self.model, folder)
 
     def wait_for_checkpoint(self) -> None:
         """Do nothing: `save_checkpoint` returns when the checkpoint is complete."""

@@ -38,7 +38,7 @@ from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.optim import get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SpecialTokens
-from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 from dsv3_ref.training.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -107,7 +107,11 @@ class Task(Protocol):
 
     @property
     def requires_whole_model(self) -> bool:
-        """True if every rank must hold the whole model: only data parallelism is possible."""
+        """True if every rank holds the whole model and trains on its part of a batch."""
+
+    @property
+    def replicates_data(self) -> bool:
+        """True if every rank reads the data itself, as it is small."""
 
     @property
     def objective(self) -> Objective:
@@ -135,6 +139,9 @@ class Task(Protocol):
 
     def micro_batches(self, run: "Run", batch: Batch) -> Sequence[Batch]:
         """Split a minibatch into micro-batches, each the input of one forward pass."""
+
+    def row_batch(self, run: "Run", batch: Batch) -> RowBatch:
+        """Return a minibatch as the rows of its objective."""
 
     def loss(
         self, model: Transformer, micro_batch: Batch, balance_loss_scope: BalanceLossScope
@@ -285,6 +292,7 @@ class PretrainTask:
     """Pre-training on packed text, with a loss on every token."""
 
     requires_whole_model: ClassVar[bool] = False
+    replicates_data: ClassVar[bool] = False
     objective: ClassVar[Objective] = NEXT_TOKEN_LOSS
     monitor: ClassVar[str] = "val_loss"
     monitor_mode: ClassVar[Literal["min", "max"]] = "min"
@@ -336,6 +344,10 @@ class PretrainTask:
     def micro_batches(self, run: "Run", batch: Tensor) -> list[Tensor]:
         """Split rows into micro-batches of --micro-batch rows."""
         return split_rows(batch, self.config.micro_batch)
+
+    def row_batch(self, run: "Run", batch: Tensor) -> RowBatch:
+        """Return the rows of a minibatch."""
+        return RowBatch(batch)
 
     def loss(
         self, model: Transformer, micro_batch: Tensor, balance_loss_scope: BalanceLossScope

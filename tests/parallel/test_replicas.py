@@ -184,7 +184,7 @@ def test_after_a_signal_to_one_rank_a_resumed_run_has_the_same_metrics(home, who
             ["--global-batch-size", "3", "--start-batch-size", "3"],
             "must divide --global-batch-size",
         ),
-        (["--pp", "2"], "each rank of dsv3 rl holds the whole model"),
+        (["--pp", "2"], "no rank holds a whole model to sample from"),
     ],
 )
 def test_refusals(home, tmp_path, more, why):

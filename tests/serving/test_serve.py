@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import MINI
+from served import served
 
 from dsv3_ref import ops
 from dsv3_ref.checkpoints.native import save
@@ -43,10 +43,8 @@ from dsv3_ref.serve import (
     make_engine,
 )
 from dsv3_ref.serving import api_server
-from dsv3_ref.serving.api_server import ServeConfig, Service
 from dsv3_ref.serving.engine_thread import Histogram
 from dsv3_ref.serving.prefill import transfer_from_bytes, transfer_to_bytes
-from dsv3_ref.serving.web import bind_socket
 from dsv3_ref.studies import load_test
 
 TALK = ["we talk, and <b>talk</b> again: naïve ☕ 漢字, over & over.\n"] * 50
@@ -486,22 +484,6 @@ def folder(tmp_path_factory):
     save(Transformer(from_dict(MINI | sizes)), out)
     save_tokenizer(train(TALK, MINI["vocab_size"]), out / "tokenizer.json")
     return out
-
-
-@contextmanager
-def served(folder, **options):
-    """Yield (address, service) of a server in a thread."""
-    listener = bind_socket("127.0.0.1", 0)
-    options = {"seed": 0, "block_size": 8, "grace": 5} | options
-    with Service(ServeConfig(folder, **options)) as service:
-        server = api_server.make_api_server(service, listener)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", service
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,81 @@
+"""A Hugging Face directory that all ranks of a mesh write together, each its own tensors."""
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsv3_ref.checkpoints.atomic import make_staging_dir, publish_dir, temp_sibling, TMP
+from dsv3_ref.checkpoints.hf_config import config_to_hf
+from dsv3_ref.checkpoints.huggingface import hf_names
+from dsv3_ref.checkpoints.layout import CONFIG, is_expert
+from dsv3_ref.checkpoints.safetensors_files import INDEX
+from dsv3_ref.checkpoints.sharded import first_expert
+from dsv3_ref.parallel.build import owning_ranks
+from dsv3_ref.parallel.engine import ParallelEngine
+
+
+def write_hf_shards(engine: ParallelEngine, folder: Path) -> None:
+    """Write the directory that `save_hf` writes for the whole model; a collective call.
+
+    Each tensor is written by one of the ranks that hold it, and rank 0 writes the index.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    final = folder.resolve()
+    if rank == 0:
+        make_staging_dir(final)
+    dist.barrier()
+    tmp = temp_sibling(final, TMP)
+    tensors = own_hf_tensors(engine)
+    file = f"model-{rank + 1:05}-of-{world:05}.safetensors"
+    if tensors:
+        on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(on_cpu, tmp / file, metadata={"format": "pt"})
+    written: list[tuple[str, dict[str, int]]] = [("", {})] * world
+    dist.all_gather_object(written, (file, {name: x.nbytes for name, x in tensors.items()}))
+    if rank == 0:
+        write_index(tmp, written)
+        fields = config_to_hf(engine.config, engine.pipeline.dtype)
+        (tmp / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        publish_dir(tmp, final)
+    dist.barrier()
+
+
+def own_hf_tensors(engine: ParallelEngine) -> dict[str, Tensor]:
+    """Return the tensors that this rank writes, by Hugging Face's names.
+
+    Of the ranks that hold a tensor, the first pp rank and the first replica write it. Each MTP
+    layer has copies of embedding and head, as in the released files.
+    """
+    mesh, config = engine.mesh, engine.config
+    tensors: dict[str, Tensor] = {}
+    state = engine.model.state_dict()
+    for name, x in state.items():
+        owner = owning_ranks(name, config, engine.stages)[0]
+        is_replica = mesh.dp_rank or (mesh.ep_rank and not is_expert(name))
+        if is_replica or owner != mesh.pp_rank:
+            continue
+        names = hf_names(name, config)
+        first = first_expert(engine)
+        if is_expert(name):
+            tensors |= zip(names[first : first + len(x)], x.unbind(), strict=True)
+        else:
+            tensors |= zip(names, [x], strict=True)
+        if name == "head.weight":  # this stage has the embedding too if there are MTP layers
+            for i in range(config.n_layers, config.n_layers + config.n_mtp_layers):
+                tensors[f"model.layers.{i}.embed_tokens.weight"] = state["embed.weight"].clone()
+                tensors[f"model.layers.{i}.shared_head.head.weight"] = x.clone()
+    return tensors
+
+
+def write_index(folder: Path, written: list[tuple[str, dict[str, int]]]) -> None:
+    """Write the index of a directory from each file's name and the bytes of its tensors."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for file, sizes in written:
+        weight_map |= dict.fromkeys(sizes, file)
+        total += sum(sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,124 @@
+"""Rollouts by separate OpenAI-compatible engines: vLLM, SGLang or `dsv3 serve`, over HTTP.
+
+After each update the trainer writes its weights into a directory that the engines can read, and
+each engine loads them into its running model. Prompts and completions travel as token ids.
+"""
+
+import json
+import os
+import random
+import urllib.error
+import urllib.request
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from dsv3_ref.config import UserError
+
+REQUESTS_PER_ENGINE = 64  # at a time; an engine batches them
+TIMEOUT = 3600.0  # seconds that an engine may take to sample a group or to load weights
+
+
+class RolloutEngine:
+    """One engine, by the URL before /v1; its calls raise a `UserError` that names it."""
+
+    def __init__(self, url: str, api_key: str = ""):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        model = self.call("/v1/models")["data"][0]
+        self.model, self.kind = model["id"], model.get("owned_by", "")
+
+    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON that the engine answers to a POST of `body`, or to a GET without one."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                return json.loads(response.read() or b"{}")
+        except urllib.error.HTTPError as e:
+            text = e.read().decode(errors="replace")[:300]
+            raise UserError(
+                f"--rollout {self.url}{path} answered {e.code} ({text}): see the engine's log"
+            ) from None
+        except (OSError, ValueError, HTTPException) as e:
+            raise UserError(f"--rollout {self.url}{path} failed ({e}): is it running?") from None
+
+    def load_weights(self, folder: Path) -> None:
+        """Load the weights of a directory into the running model, and drop its prefix cache."""
+        if self.kind == "vllm":  # with VLLM_SERVER_DEV_MODE=1, from the directory that it serves
+            self.call("/collective_rpc", {"method": "reload_weights"})
+            self.call("/reset_prefix_cache", {})
+        else:  # of SGLang, and of `dsv3 serve --reload-root`
+            self.call("/update_weights_from_disk", {"model_path": str(folder)})
+
+    def sample(self, prompt: list[int], params: dict[str, Any]) -> list[tuple[list[int], list]]:
+        """Return (tokens, log π) of the completions of a prompt."""
+        body = {"model": self.model, "prompt": prompt, **params}
+        choices = self.call("/v1/completions", body)["choices"]
+        completions = []
+        for choice in sorted(choices, key=lambda choice: choice["index"]):
+            tokens = choice.get("token_ids")
+            logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
+            if not tokens or len(tokens) != len(logps) or None in logps:
+                raise UserError(
+                    f"--rollout {self.url} did not return a token id and a log-probability for "
+                    "each token: it must support return_token_ids and logprobs"
+                )
+            completions.append((tokens, logps))
+        return completions
+
+
+class RolloutEngines:
+    """Engines with equal weights, called like `generate_rollouts` of chapter 16.
+
+    seed: of all completions; they also depend on the step and on the number of the prompt.
+    """
+
+    def __init__(self, urls: Collection[str], seed: int = 0):
+        api_key = os.environ.get("DSV3_API_KEY", "").split(",")[0].strip()  # as of `dsv3 serve`
+        self.engines = [RolloutEngine(url, api_key) for url in urls]
+        self.seed = seed
+        self.step = self.num_prompts = 0
+
+    def refresh(self, folder: Path, step: int) -> int:
+        """Load the weights that a step begins with into all engines; return their number."""
+        self.step, self.num_prompts = step, 0
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            return len(list(pool.map(lambda engine: engine.load_weights(folder), self.engines)))
+
+    def __call__(
+        self, prompts: list[list[int]], num_generations: int, max_new_tokens: int,
+        stop_token_ids: Collection[int], temperature: float,
+    ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+        """Sample `num_generations` consecutive completions of each prompt, and the engines' log π.
+
+        Prompts are dealt out to the engines in turn.
+        """
+        params = {
+            "n": num_generations, "max_tokens": max_new_tokens, "temperature": temperature,
+            "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+            "stop_token_ids": sorted(stop_token_ids), "ignore_eos": True, "logprobs": 1,
+            "return_token_ids": True,
+        }  # fmt: skip
+        seeds = [self.next_seed() for _ in prompts]
+
+        def sample(engine: RolloutEngine, prompt: list[int], seed: int) -> list:
+            return engine.sample(prompt, params | {"seed": seed})
+
+        tokens: list[list[int]] = []
+        logprobs: list[list[float]] = []
+        with ThreadPoolExecutor(REQUESTS_PER_ENGINE * len(self.engines)) as pool:
+            for group in pool.map(sample, cycle(self.engines), prompts, seeds):
+                tokens += [completion for completion, _ in group]
+                logprobs += [logps for _, logps in group]
+        return tokens, logprobs
+
+    def next_seed(self) -> int:
+        """Return the seed of the next prompt's completions."""
+        self.num_prompts += 1
+        return random.Random(f"{self.seed} {self.step} {self.num_prompts}").getrandbits(31)

@@ -1,0 +1,197 @@
+"""Rollouts by engines over HTTP: `dsv3 serve` as a real server, and what vLLM is asked for."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import miniruns
+import pytest
+import torch
+from served import served
+
+from dsv3_ref.checkpoints.huggingface import save_hf
+from dsv3_ref.checkpoints.native import load, save
+from dsv3_ref.config import UserError, from_dict
+from dsv3_ref.data.tokenizer import save_tokenizer, train_tokenizer
+from dsv3_ref.grpo import generate_rollouts
+from dsv3_ref.model import Transformer
+from dsv3_ref.posttraining.rollout_engines import RolloutEngines
+from dsv3_ref.serving.config import ServeConfig, validate_serve_config
+
+KEY = "secret"
+PROMPTS = [[1, 5, 9, 11], [1, 7], [1, 30, 31, 32, 33, 34, 35, 36, 37, 38]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    save(Transformer(from_dict(miniruns.MINI)), out)
+    texts = ["we talk and talk again, over and over.\n"] * 50
+    save_tokenizer(train_tokenizer(texts, miniruns.MINI["vocab_size"]), out / "tokenizer.json")
+    return out
+
+
+@pytest.fixture
+def server(folder, tmp_path, monkeypatch):
+    """Serve the model; weights may be loaded from tmp_path."""
+    monkeypatch.setenv("DSV3_API_KEY", KEY)
+    with served(folder, reload_root=tmp_path) as (address, service):
+        yield address, service
+
+
+def check_greedy(engines: RolloutEngines, model: Transformer) -> None:
+    """Check that engines write the model's most likely tokens, with their log-probabilities."""
+    want = generate_rollouts(model, PROMPTS, 2, 8, {2, 40, 41}, 0.0)
+    tokens, logps = engines(PROMPTS, 2, 8, {2, 40, 41}, 0.0)
+    assert tokens == want[0]
+    for got, right in zip(logps, want[1], strict=True):
+        assert got == pytest.approx(right, abs=1e-4)
+
+
+def perturbed(folder: Path) -> Transformer:
+    model = load(folder)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def test_engines_write_what_the_model_writes_before_and_after_new_weights(server, folder, tmp_path):
+    address, _ = server
+    engines = RolloutEngines([address, f"{address}/v1/"])
+    check_greedy(engines, load(folder))
+    model = perturbed(folder)
+    with pytest.raises(AssertionError):
+        check_greedy(engines, model)
+    save_hf(model, tmp_path / "step")
+    assert engines.refresh(tmp_path / "step", 1) == 2
+    check_greedy(engines, model)
+
+
+def test_end_tokens_count_and_a_step_repeats_its_samples(server, folder):
+    engines = RolloutEngines([server[0]], seed=3)
+    stops = set(range(0, 400, 3))  # a third of all tokens ends a completion
+    samples = []
+    for step in (1, 1, 2):
+        engines.step, engines.num_prompts = step, 0
+        samples.append(engines(PROMPTS, 3, 8, stops, 1.0))
+    assert samples[0] == samples[1] != samples[2]
+    for tokens, logps in zip(*samples[0], strict=True):
+        assert len(tokens) == len(logps) and max(logps) <= 0
+        assert tokens[-1] in stops or len(tokens) == 8
+        assert not stops & set(tokens[:-1])
+
+
+def reload(address: str, path: Path | str, key: str = KEY) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    body = {"model_path": str(path)}
+    return httpx.post(f"{address}/update_weights_from_disk", json=body, headers=headers, timeout=60)
+
+
+def test_weights_change_only_with_a_key_and_from_the_directory_that_is_open(
+    server, folder, tmp_path
+):
+    address, service = server
+    before = {k: x.clone() for k, x in service.engine.runner.model.state_dict().items()}
+    save_hf(perturbed(folder), tmp_path / "new")
+    (tmp_path / "link").symlink_to(folder)
+    assert reload(address, tmp_path / "new", "wrong").status_code == 401
+    assert reload(address, folder).status_code == 403
+    assert reload(address, tmp_path / "link").status_code == 403
+    assert reload(address, tmp_path / "new" / ".." / ".." / "x").status_code == 403
+    assert reload(address, tmp_path / "missing").status_code == 400
+    (tmp_path / "new" / "model.safetensors").write_bytes(b"cut off")
+    assert reload(address, tmp_path / "new").status_code == 400
+    after = service.engine.runner.model.state_dict()
+    assert all(torch.equal(x, after[k]) for k, x in before.items())
+
+
+def test_by_default_weights_cannot_be_changed(folder):
+    with served(folder, api_key=(KEY,)) as (address, _):
+        assert reload(address, folder).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({}, "lets clients change the model: set an API key"),
+        ({"api_key": (KEY,), "prefill_workers": 1}, "set --prefill-workers 0"),
+    ],
+)
+def test_refusals(options, why, folder, tmp_path):
+    with pytest.raises(UserError, match=why):
+        validate_serve_config(ServeConfig(folder, reload_root=tmp_path, **options))
+
+
+# ── Other engines ──
+
+
+@contextmanager
+def recorded(models: dict, completion: dict):
+    """Yield the address of an engine that answers with these bodies, and a list of its requests."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(models)
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            requests.append((self.path, body, self.headers.get("Authorization")))
+            self.answer(completion if self.path == "/v1/completions" else {})
+
+        def answer(self, body):
+            data = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+    finally:
+        server.shutdown()
+
+
+def test_vllm_is_asked_for_its_own_calls(monkeypatch, tmp_path):
+    """`collective_rpc` with `reload_weights`, then a new prefix cache; choices in any order."""
+    monkeypatch.setenv("DSV3_API_KEY", "k1,k2")
+    choice = {"token_ids": [4, 2], "logprobs": {"token_logprobs": [-0.5, -0.25]}}
+    choices = [choice | {"index": 1, "token_ids": [5, 2]}, choice | {"index": 0}]
+    models = {"data": [{"id": "m", "owned_by": "vllm"}]}
+    with recorded(models, {"choices": choices}) as (address, requests):
+        engines = RolloutEngines([address])
+        engines.refresh(tmp_path, 1)
+        got = engines([[1, 3]], 2, 2, {2}, 1.0)
+    assert got == ([[4, 2], [5, 2]], [[-0.5, -0.25], [-0.5, -0.25]])
+    paths = [path for path, *_ in requests]
+    assert paths == ["/collective_rpc", "/reset_prefix_cache", "/v1/completions"]
+    assert requests[0][1] == {"method": "reload_weights"}
+    asked = requests[2][1]
+    assert asked["prompt"] == [1, 3] and asked["n"] == 2 and asked["stop_token_ids"] == [2]
+    assert asked["return_token_ids"] and asked["ignore_eos"] and asked["top_p"] == 1
+    assert {key for *_, key in requests} == {"Bearer k1"}
+
+
+def test_an_engine_that_returns_text_only_is_refused():
+    choice = {"index": 0, "text": "hello", "logprobs": {"token_logprobs": [-1.0]}}
+    models = {"data": [{"id": "m"}]}
+    with (
+        recorded(models, {"choices": [choice]}) as (address, _),
+        pytest.raises(UserError, match="did not return a token id"),
+    ):
+        RolloutEngines([address])([[1]], 1, 1, {2}, 1.0)
+
+
+def test_an_engine_that_is_not_there_is_named():
+    with pytest.raises(UserError, match=r"--rollout http://127.0.0.1:9/v1/models failed"):
+        RolloutEngines(["http://127.0.0.1:9"])
