@@ -147,6 +147,8 @@ class ParallelEngine:
         if not skipped:
             self.optimizer.step(lr)
             self.update_expert_biases(load_le, gamma)
+        if not self.pipeline.objective.trains_mtp:  # as in one process: only layers that ran
+            load_le = load_le[: sum(name.startswith("layers.") for name in self.moe_names)]
         return StepStats(main, mtp_losses, total, grad_norm, load_le, skipped)
 
     def clear_step(self) -> None:

@@ -53,7 +53,7 @@ def own_hf_tensors(engine: ParallelEngine) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     state = engine.model.state_dict()
     for name, x in state.items():
-        owner = owning_ranks(name, config, engine.stages)[0]
+        owner = owning_ranks(name, config, engine.stages_by_rank)[0]
         is_replica = mesh.dp_rank or (mesh.ep_rank and not is_expert(name))
         if is_replica or owner != mesh.pp_rank:
             continue

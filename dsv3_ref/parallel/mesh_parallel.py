@@ -1,9 +1,11 @@
 """Pipeline, data and expert parallelism: a mesh of ranks with the results of one process."""
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +17,8 @@ from dsv3_ref import ops
 from dsv3_ref.checkpoints import native, sharded
 from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import STATE
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
+from dsv3_ref.checkpoints.storage import split_experts
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import Precision
@@ -90,6 +94,7 @@ class MeshParallel:
         first = call_on_ranks(lambda: task.build_data() if is_first else None)
         with redirect_stderr(sys.stderr if is_first else StringIO()):  # warnings appear once
             data = call_on_ranks(lambda: first or task.build_data())
+        self.rows: PrefetchingLoader | None = None
         if task.replicates_data:
             return data
         self.rows = PrefetchingLoader(
@@ -128,18 +133,20 @@ class MeshParallel:
         """The precision of weights: fp32, bf16 or fp8."""
         return resolve_precision(self.config.precision, self.device)
 
-    def load_weights(self, model: Transformer, directory: Path) -> None:
-        """Load this rank's part of the weights of a directory into its part of a model."""
-        part = partial(local_experts_of, self.mesh)
-        native.load_into(model, directory, part, self.config.verify)
-
     def load_frozen(self, task: Task, directory: Path) -> Pipeline:
         """Return the stages of a second model, without optimizer and gradients.
 
         The trained model cannot take its place: it differs from the first update on.
         """
         frozen = self.engine.build_frozen()
-        self.load_weights(frozen.model, directory)
+        first = sharded.first_expert(self.engine)
+        targets: dict[str, FlatRange] = {}
+        for name, x in frozen.model.state_dict().items():
+            targets |= split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)), first)
+        native.newest_whole(
+            directory, partial(native.fill_weights, targets), self.config.verify, self.mesh.rank,
+            self.mesh.world, call_on_ranks,
+        )  # fmt: skip
         return frozen
 
     def read_out(
@@ -199,8 +206,9 @@ class MeshParallel:
 
     def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Run a training step on the rows of a global batch."""
-        rows = run.task.row_batch(run, batch).to(self.device)
-        return self.engine.train_step(rows, *hyperparams)
+        if not isinstance(batch, LocalRows):
+            batch = run.task.row_batch(run, batch).to(self.device)
+        return self.engine.train_step(batch, *hyperparams)
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
         """Return the sum of the main loss over the tokens of the rows, in nats."""
@@ -269,7 +277,7 @@ class MeshParallel:
 
         End all ranks if one cannot read the rows of the next step.
         """
-        own = READER_FAILED if self.rows.failure() else max(signals, default=0)
+        own = READER_FAILED if self.rows and self.rows.failure() else max(signals, default=0)
         largest = largest_on_ranks(own, self.device)
         if largest == READER_FAILED:
             call_on_ranks(self.raise_failure)

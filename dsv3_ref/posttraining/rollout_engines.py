@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from http.client import HTTPException
 from itertools import cycle
 from pathlib import Path
@@ -80,10 +81,14 @@ class RolloutEngines:
     """
 
     def __init__(self, urls: Collection[str], seed: int = 0):
-        api_key = os.environ.get("DSV3_API_KEY", "").split(",")[0].strip()  # as of `dsv3 serve`
-        self.engines = [RolloutEngine(url, api_key) for url in urls]
-        self.seed = seed
+        self.urls, self.seed = urls, seed
         self.step = self.num_prompts = 0
+
+    @cached_property
+    def engines(self) -> list[RolloutEngine]:
+        """The engines, connected at their first use: not all ranks sample."""
+        api_key = os.environ.get("DSV3_API_KEY", "").split(",")[0].strip()  # as of `dsv3 serve`
+        return [RolloutEngine(url, api_key) for url in self.urls]
 
     def refresh(self, folder: Path, step: int) -> int:
         """Load the weights that a step begins with into all engines; return their number."""

@@ -292,7 +292,7 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
     yield (
         ranks == world_size,
         f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
-        f"torchrun --nproc-per-node {ranks} -m dsv3_ref train …",
+        f"torchrun --nproc-per-node {ranks} -m dsv3_ref {args.COMMAND} …",
     )
     if world_size > 1:
         yield from mesh_rules(args.model, args.pp, args.ep, args.schedule, args.ep_ranks_per_node)

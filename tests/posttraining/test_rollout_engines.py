@@ -194,4 +194,4 @@ def test_an_engine_that_returns_text_only_is_refused():
 
 def test_an_engine_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"--rollout http://127.0.0.1:9/v1/models failed"):
-        RolloutEngines(["http://127.0.0.1:9"])
+        RolloutEngines(["http://127.0.0.1:9"]).refresh(Path("."), 1)
