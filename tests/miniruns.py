@@ -209,12 +209,13 @@ def run_command(home: Path, argv: list[str], env: dict[str, str], log: str) -> N
     main.main()
 
 
-def launch(home: Path, world: int, argv: list[str]) -> list[Command]:
-    """Start a command on every rank, as a launcher does."""
+def launch(home: Path, world: int, argv: list[str], **variables: str) -> list[Command]:
+    """Start a command on every rank, as a launcher does, with more environment variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+    env |= variables
     ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
     return [Command(home, argv, env) for env in ranks]
 

@@ -299,7 +299,7 @@ def test_rl_on_a_pipeline_samples_from_an_engine(home, tmp_path, monkeypatch):  
                 assert main.main(argv) == 0
             else:
                 argv += ["--pp", "2", "--schedule", "dualpipe", "--steps-per-generation", "2"]
-                wait_for_exit(launch(home, 2, argv))
+                wait_for_exit(launch(home, 2, argv, DSV3_API_KEY="secret"))
             rows[world], models[world] = metrics(out), load(out).state_dict()
             served_now = service.engine.runner.model.state_dict()
             assert all(torch.equal(x, served_now[name]) for name, x in models[world].items())
