@@ -179,6 +179,11 @@ class GRPOConfig(TrainConfig):
                 "choose tasks with right answers",
             ),
             (
+                is_whole or self.precision != "fp8",
+                "with --pp and --ep above 1, weights in FP8 cannot be given to engines: set "
+                "--precision bf16",
+            ),
+            (
                 not self.rollout or self.rollout_backend == "native",
                 "give --rollout or --rollout-backend vllm, not both",
             ),
