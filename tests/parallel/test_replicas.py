@@ -23,7 +23,7 @@ from dsv3_ref.training import loop, settings
 from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
-CLOCK = {"rollout_seconds", "seconds", "tokens_per_s"}
+CLOCK = miniruns.CLOCK | {"rollout_seconds"}
 
 
 @pytest.fixture(scope="module")

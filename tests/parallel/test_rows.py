@@ -210,9 +210,11 @@ def build_strategy(world: int, loader) -> tuple[MeshParallel, SimpleNamespace]:
     recipe = replace(RECIPES["tiny"], seq_len=16)
     config = TrainConfig(model=TINY, recipe=recipe, pp=world // 2, dp=2)
     strategy = MeshParallel(config, torch.device("cpu"))
-    data = strategy.build_data(lambda: Data(["a"], SIZES, {}, TOKENS, loader=loader))
+    data = Data(["a"], SIZES, {}, TOKENS, loader=loader)
+    task = SimpleNamespace(build_data=lambda: data, replicates_data=False)
+    rows = strategy.build_data(task)
     strategy.engine = SimpleNamespace(global_loss_weight=len)
-    return strategy, SimpleNamespace(data=data, state=SimpleNamespace(step=0))
+    return strategy, SimpleNamespace(data=rows, state=SimpleNamespace(step=0))
 
 
 def draw_on_ranks(kind: str, streams: int):

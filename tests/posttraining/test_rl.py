@@ -149,7 +149,7 @@ def test_gate_biases_rest_or_follow(home, run, tmp_path):
 
 
 def timeless(rows: list[dict]) -> list[dict]:
-    clock = {"rollout_seconds", "seconds", "tokens_per_s"}
+    clock = miniruns.CLOCK | {"rollout_seconds"}
     return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
@@ -327,7 +327,7 @@ def test_open_answers_are_worth_the_votes_of_the_first_model(home, tmp_path, mon
 def test_a_vote_is_a_yes(home):
     policy = Policy.from_pretrained(home / "base")
     yes, no = ([*policy.tokenizer.encode(x, add_special_tokens=False).ids] for x in ("Yes", "no"))
-    policy.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=999))
+    policy.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=999, vocab_size=999))
     policy.rollout_fn = lambda prompts, k, *_: (
         [yes, no] * len(prompts) * (k // 2),
         [[0.0]] * k * 2,
