@@ -139,7 +139,8 @@ def anonymous_bytes() -> int:
 
 def peak_of(function, *args) -> int:
     """Return by how much anonymous memory grew at most while a function ran."""
-    before, peak, is_done = anonymous_bytes(), [0], threading.Event()
+    before, peak = anonymous_bytes(), [0]
+    is_done = threading.Event()
 
     def watch() -> None:
         while not is_done.is_set():
