@@ -235,13 +235,13 @@ def write_files(
 
 
 def write_index(directory: Path, written: Iterable[WrittenTensor]) -> None:
-    """Write the index of the tensors of all parts, unless they are in one file."""
+    """Write the index of the tensors of all parts, unless they are all in model.safetensors."""
     weight_map: dict[str, str] = {}
     total = 0
     for tensor in sorted(written, key=lambda tensor: tensor.file):
         weight_map[tensor.name] = tensor.file
         total += tensor.nbytes
-    if len(set(weight_map.values())) > 1:
+    if set(weight_map.values()) != {WEIGHTS}:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """A Hugging Face directory that all ranks of a mesh write together, each its own tensors."""
 
-import json
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,8 +10,8 @@ from torch import Tensor
 from dsv3_ref.checkpoints.atomic import make_staging_dir, publish_dir, temp_sibling, TMP
 from dsv3_ref.checkpoints.hf_config import config_to_hf
 from dsv3_ref.checkpoints.huggingface import hf_names
-from dsv3_ref.checkpoints.layout import CONFIG, is_expert
-from dsv3_ref.checkpoints.safetensors_files import INDEX
+from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.safetensors_files import WrittenTensor, write_config, write_index
 from dsv3_ref.checkpoints.sharded import first_expert
 from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.parallel.engine import ParallelEngine
@@ -33,12 +33,12 @@ def write_hf_shards(engine: ParallelEngine, folder: Path) -> None:
     if tensors:
         on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         save_file(on_cpu, tmp / file, metadata={"format": "pt"})
-    written: list[tuple[str, dict[str, int]]] = [("", {})] * world
-    dist.all_gather_object(written, (file, {name: x.nbytes for name, x in tensors.items()}))
+    own = [WrittenTensor(name, file, x.nbytes) for name, x in tensors.items()]
+    written: list[list[WrittenTensor]] = [[]] * world
+    dist.all_gather_object(written, own)
     if rank == 0:
-        write_index(tmp, written)
-        fields = config_to_hf(engine.config, engine.pipeline.dtype)
-        (tmp / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_index(tmp, chain.from_iterable(written))
+        write_config(tmp, config_to_hf(engine.config, engine.pipeline.dtype))
         publish_dir(tmp, final)
     dist.barrier()
 
@@ -68,14 +68,3 @@ def own_hf_tensors(engine: ParallelEngine) -> dict[str, Tensor]:
                 tensors[f"model.layers.{i}.embed_tokens.weight"] = state["embed.weight"].clone()
                 tensors[f"model.layers.{i}.shared_head.head.weight"] = x.clone()
     return tensors
-
-
-def write_index(folder: Path, written: list[tuple[str, dict[str, int]]]) -> None:
-    """Write the index of a directory from each file's name and the bytes of its tensors."""
-    weight_map: dict[str, str] = {}
-    total = 0
-    for file, sizes in written:
-        weight_map |= dict.fromkeys(sizes, file)
-        total += sum(sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
