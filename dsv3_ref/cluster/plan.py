@@ -469,6 +469,7 @@ def format_estimate(result: Estimate) -> str:
     fits = "fits in" if top <= m.memory else "does NOT fit in"
     tokens = plan.global_batch_size * plan.seq_len
     speed = result.flops / result.gpus / result.seconds
+    rows = plan.global_batch_size / result.seconds
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
@@ -482,7 +483,7 @@ def format_estimate(result: Estimate) -> str:
     return f"""\
 {plan.config} on {result.gpus:,} {plan.hardware.upper()}: {mesh}, {plan.schedule}, \
 {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
-GB on each GPU, by pipeline rank, with recomputation:
+GB on each GPU, by pipeline rank, with recomputation and exact sizes (--dispatch-capacity 0):
 {format_memory(result)}
 of these, activations, weight gradients and messages:
 {format_usage(result)}
@@ -496,6 +497,7 @@ step: {result.flops:.3g} FLOPs; {duration}
 the step as a sum, in seconds, in the order in which assumptions are added (chapter 17):
 {format_waterfall(result)}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
+{rows:,.0f} rows of data per second, {rows / plan.dp / plan.ep:,.1f} per data-parallel index
 overheads assumed (chapter 17): {overheads}
 {result.hours / 1e3:,.1f}K GPU hours per trillion tokens, {cost}; \
 without overheads {best / 1e3:,.1f}K \
