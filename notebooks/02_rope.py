@@ -269,7 +269,8 @@ assert (wrong_st - right_st).abs().max() > 1
 # j(n) = \frac{r\,\ln\frac{L}{2\pi n}}{2\ln\theta},\quad
 # j_\text{low} = \lfloor j(\beta)\rfloor,\ j_\text{high} = \lceil j(\alpha)\rceil ,$$
 #
-# where $j(n)$ solves $L/\lambda_j = n$ turns. The config calls $\beta$ `beta_fast` and $\alpha$
+# where $j(n)$ solves $L/\lambda_j = n$ turns. This is the ramp of the released code, linear in the index $j$; YaRN's paper makes it linear
+# in the number of turns $L/\lambda_j$. The config calls $\beta$ `beta_fast` and $\alpha$
 # `beta_slow`.
 
 

@@ -892,9 +892,9 @@ torch.testing.assert_close(mean, (weight[:, None] * path).sum(0) / weight.sum())
 
 # %% [markdown]
 # ### Recomputation
-# Tensors that the backward pass reads stay in memory until then. V3 does not save the outputs of
-# RMSNorm, MLA's up-projections and SwiGLU but recomputes them (§3.2.3, §3.3.3); ours also recomputes
-# gate and up of dense and shared MLPs. Here that is
+# Tensors that the backward pass reads stay in memory until then. V3 recomputes the outputs of
+# RMSNorm, MLA's up-projections and SwiGLU (§3.2.3, §3.3.3), we also gate and up of dense and shared
+# MLPs:
 # `saved_tensors(recompute=True)` as in [chapter 01](01_ops.ipynb), or `dsv3 train --recompute`. In
 # the letters of the axes (`q`, `c`: the latents), a layer saves per token
 #

@@ -674,8 +674,8 @@ print("blocks of 1, 4 and 17 keys: the same attention")
 # %% [markdown]
 # ## Drafts that never change the text
 # A round of *speculative decoding*: the MTP modules guess the next $D$ tokens; the main model reads
-# them all in **one** forward pass, which on a busy server costs little more than one token, because
-# the weights are read once either way; then the guesses are judged from left to right. A token $x$, drafted with
+# them all in **one** forward pass, which costs little more than one token as long as decoding is bound by reading weights and most experts are read
+# anyway (chapter 06 has the numbers: at batch size 1 the second token reads other experts, and at large batches FLOPs bind); then the guesses are judged from left to right. A token $x$, drafted with
 # probability $q(x)$ where the main model says $p(x)$, is accepted with probability
 #
 # $$\min\left(1, \frac{p(x)}{q(x)}\right),\qquad\text{else replaced by a draw from}\quad

@@ -397,20 +397,15 @@ def grpo_loss(
     kl_bs = torch.zeros_like(ratio_bs)
     if beta:
         if ref_logp_bs is None:
-            raise UserError(
-                f"beta is {beta}, but there is no ref_logp_bs: pass it, or set beta to 0"
-            )
+            raise UserError(f"beta is {beta} without ref_logp_bs: pass it, or set beta to 0")
         kl_bs = kl_k3(unpadded(logp_bs), unpadded(ref_logp_bs))
-    weight_bs = torch.ones_like(ratio_bs)
-    if loss_type != "sequence":
-        weight_bs = mask_bs.to(ratio_bs.dtype)
     sampler_weight_bs = torch.ones_like(ratio_bs)
+    weight_bs = sampler_weight_bs if loss_type == "sequence" else mask_bs.to(ratio_bs.dtype)
     if sampler_logp_bs is not None:
         log_ratio_bs = unpadded(old_logp_bs) - unpadded(sampler_logp_bs)
         sampler_weight_bs = log_ratio_bs.exp().clamp(max=sampler_cap).detach()
     gained_bs = sampler_weight_bs * torch.minimum(gain_bs, clipped_bs)
-    loss_bs = (beta * kl_bs - gained_bs) * weight_bs
-    loss = aggregate_loss(loss_bs, weight_bs, loss_type, normalizer)
+    loss = aggregate_loss((beta * kl_bs - gained_bs) * weight_bs, weight_bs, loss_type, normalizer)
     n = weight_bs.sum().clamp(min=1)
     means = [
         ((x_bs * weight_bs).sum() / n).detach()

@@ -49,7 +49,8 @@ print(
 # - 2,664K hours for 14.8T tokens, \$2 per hour (§1).
 #
 # The report does *not* say how the 61 layers and the MTP module are distributed over 16 stages, or how fast each kernel
-# ran. Our assumptions are the fields of `AchievedRates` and `Overheads`, with their sources, and you can change them.
+# ran; traces of one forward and one backward chunk in training, and of prefill, are in DeepSeek's repository
+# `profile-data`. Our assumptions are the fields of `AchievedRates` and `Overheads`, with their sources, and you can change them.
 
 # %%
 #| export
@@ -366,7 +367,7 @@ ax.set_xlim(0, 1.12 * sum(wide.values()) * times)
 show(fig)
 
 # %% [markdown]
-# In the schedule of chapter 12 up to PP + 1 = 17 micro-batches of a stage are in flight, which is why the report saves
+# In the schedule of chapter 12 up to PP + 1 = 17 micro-batches are in flight on a rank, in its two stages together, which is why the report saves
 # so little. Only what the experts save depends on balance: a rank with twice the tokens saves twice as much.
 #
 # ## What travels
@@ -468,7 +469,8 @@ for limit in (8, 4, 2, 1):
 # | FP8 products | 1,358 of 1,979 TFLOP/s | DeepGEMM's first table, 4096 × 7168 × 16384 |
 # | attention forward, backward | 0.6 and 0.5 of 989 TFLOP/s | typical of public kernels; assumed |
 # | memory | 0.85 of 3.35 TB/s | assumed |
-# | NVLink, IB | 153 of 200, 50 GB/s | DeepEP's tables (the report: 160 and 50) |
+# | NVLink | 153 of 200 GB/s | DeepEP's table (the report: 160) |
+# | IB | 50 GB/s | the report; DeepEP's table has 46 and 45 for 64 ranks |
 # | SMs for computation | 112 of 132 | §3.2.2 |
 #
 # For other GPUs we assume the same *fractions* of their data sheets and the report's \$2 per hour, although they cost
@@ -1201,7 +1203,8 @@ print(
 )
 
 # %% [markdown]
-# So the estimate is within a tenth of the report. (The assumptions were made before the first estimate, though
+# So the sum is within a tenth of the report's 180K. The step can be compared by itself: DeepSeek's paper at ISCA 2025 states 19.926 s, and
+# our step, without stragglers and failures, is 18.6 s, 7 % less. (The assumptions were made before the first estimate, though
 # with knowledge of the target, and were not changed after it; the traffic of summing gradients was added later.) But look at
 # the bars. The longest by far is a guess: how much of a benchmark on 132 SMs the remaining 112 achieve. Links and the order
 # of all-to-alls, which are known, hardly matter. The order of all-to-alls costs nothing here, since computation takes twice
@@ -1407,7 +1410,7 @@ check_breakeven(my_breakeven)
 # ```
 # </details>
 #
-# **3 · Compute.** How many GB ($10^9$ bytes) of activations does one MoE layer save for 17 micro-batches of 4,096 tokens, with
+# **3 · Compute.** How many GB ($10^9$ bytes) of activations does one MoE layer save for 17 micro-batches of 4,096 tokens, if all that a rank has in flight were in one of its stages, with
 # products in FP8?
 
 

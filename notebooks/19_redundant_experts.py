@@ -855,7 +855,8 @@ check_reorder(my_reorder)
 #   between two steps.
 # - **Prefill is bound by arithmetic**, so time follows the rows per GPU, as counted here. **For decode** the report states that an
 #   expert usually processes no more than 256 tokens (§3.4.2), and that reading its weights takes longer than computing with them. With one
-#   expert per GPU all GPUs then take about the same time, whatever the popularity.
+#   expert per GPU the differences are then smaller than the loads', but they remain: in [chapter 20](20_inference_scale.ipynb) an
+#   expert with 252 rows takes 33 µs, one with twice as many 59 µs.
 # - **16 experts per GPU, 9 of them active**: on 32 GPUs that is two copies of every expert, 41 GB per GPU. The loads of each layer then decide which
 #   copy is active, and no window can be out of date.
 #

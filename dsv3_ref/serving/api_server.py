@@ -360,20 +360,6 @@ def build_app(service: Service) -> "FastAPI":
     async def chat_completions(request: HTTPRequest):
         return await endpoints.respond(request, partial(endpoints.complete, chat=True))
 
-    @app.post("/tokenize")
-    async def tokenize(request: HTTPRequest):
-        return await endpoints.respond(request, endpoints.tokenize)
-
-    @app.post("/detokenize")
-    async def detokenize(request: HTTPRequest):
-        return await endpoints.respond(request, endpoints.detokenize)
-
-    if service.args.reload_root:
-
-        @app.post(RELOAD)
-        async def update_weights(request: HTTPRequest):
-            return await endpoints.respond(request, endpoints.update_weights)
-
     @app.api_route("/v1/models", methods=READABLE)
     @app.api_route("/v1/models/", methods=READABLE)
     async def models():
@@ -383,8 +369,28 @@ def build_app(service: Service) -> "FastAPI":
     async def model(name: str):
         return endpoints.find_model(name)
 
+    add_token_routes(app, endpoints)
+    if service.args.reload_root:
+
+        @app.post(RELOAD)
+        async def update_weights(request: HTTPRequest):
+            return await endpoints.respond(request, endpoints.update_weights)
+
     add_status_routes(app, endpoints)
     return app
+
+
+def add_token_routes(app: "FastAPI", endpoints: Endpoints) -> None:
+    """Add vLLM's endpoints between text and tokens."""
+    from fastapi import Request as HTTPRequest
+
+    @app.post("/tokenize")
+    async def tokenize(request: HTTPRequest):
+        return await endpoints.respond(request, endpoints.tokenize)
+
+    @app.post("/detokenize")
+    async def detokenize(request: HTTPRequest):
+        return await endpoints.respond(request, endpoints.detokenize)
 
 
 def add_status_routes(app: "FastAPI", endpoints: Endpoints) -> None:

@@ -259,13 +259,40 @@ def count_alternatives(values: JSONObject, chat: bool) -> int:
 
 def check_combinations(values: JSONObject) -> None:
     """Raise `InvalidField` for fields that contradict each other."""
-    n, stream = values.get("n", 1), values.get("stream", False)
+    for name, holds, sentence in [*range_rules(values), *exclusion_rules(values)]:
+        if not holds:
+            raise InvalidField(name, sentence)
+
+
+def range_rules(values: JSONObject) -> list[tuple[str, bool, str]]:
+    """Return (field, whether it holds, sentence) of rules that compare numbers."""
+    n = values.get("n", 1)
     best_of = values.get("best_of", n)
     max_tokens = find_max_tokens(values)
-    echo = values.get("echo", False)
-    rules = [
+    return [
         ("best_of", best_of >= n, f"best_of must be at least n ({n}), not {best_of}"),
-        ("best_of", best_of == n or not stream, "best_of cannot be streamed: lower it to n"),
+        (
+            "best_of",
+            best_of == n or not values.get("stream", False),
+            "best_of cannot be streamed: lower it to n",
+        ),
+        (
+            "max_tokens",
+            max_tokens != 0 or values.get("echo", False),
+            "max_tokens must be a whole number from 1, or 0 with echo: true",
+        ),
+        (
+            "min_tokens",
+            max_tokens is None or values.get("min_tokens", 0) <= max_tokens,
+            f"min_tokens must not exceed max_tokens ({max_tokens})",
+        ),
+    ]
+
+
+def exclusion_rules(values: JSONObject) -> list[tuple[str, bool, str]]:
+    """Return (field, whether it holds, sentence) of fields that need or exclude others."""
+    stream, echo = values.get("stream", False), values.get("echo", False)
+    return [
         (
             "stream_options",
             stream or not values.get("stream_options"),
@@ -277,11 +304,6 @@ def check_combinations(values: JSONObject) -> None:
             "top_logprobs are only allowed with logprobs: true",
         ),
         (
-            "max_tokens",
-            max_tokens != 0 or echo,
-            "max_tokens must be a whole number from 1, or 0 with echo: true",
-        ),
-        (
             "suffix",
             not (echo and values.get("suffix")),
             "suffix cannot be combined with echo: leave one of them out",
@@ -291,15 +313,7 @@ def check_combinations(values: JSONObject) -> None:
             not (values.get("return_token_ids") and (stream or echo or values.get("stop"))),
             "return_token_ids cannot be combined with stream, echo or stop: leave them out",
         ),
-        (
-            "min_tokens",
-            max_tokens is None or values.get("min_tokens", 0) <= max_tokens,
-            f"min_tokens must not exceed max_tokens ({max_tokens})",
-        ),
     ]
-    for name, holds, sentence in rules:
-        if not holds:
-            raise InvalidField(name, sentence)
 
 
 # ── Responses ──

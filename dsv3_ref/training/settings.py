@@ -214,6 +214,27 @@ def balance_loss_rule(args: TrainConfig) -> Rule:
     )
 
 
+def measurement_rules(args: TrainConfig) -> list[Rule]:
+    """Return the rules of what is averaged, watched and recorded."""
+    return [
+        (0 <= args.ema_decay < 1, "--ema-decay must be from 0 to below 1"),
+        (
+            min(args.grad_norm_window, args.max_skipped_steps) >= 1,
+            "--grad-norm-window and --max-skipped-steps must be at least 1",
+        ),
+        (
+            args.peak_tflops >= 0 and math.isfinite(args.peak_tflops),
+            "--peak-tflops must be a number of at least 0",
+        ),
+        (args.expert_load_every >= 0, "--expert-load-every must be at least 0"),
+        (
+            min((1, *args.profile, *args.memory_snapshot)) >= 1,
+            "--profile and --memory-snapshot count steps from 1",
+        ),
+        (min((0, *args.profile_ranks)) >= 0, "--profile-ranks counts ranks from 0"),
+    ]
+
+
 def common_rules(args: TrainConfig) -> list[Rule]:
     """Return the rules of every training command."""
     r, c = args.recipe, args.model
@@ -241,28 +262,14 @@ def common_rules(args: TrainConfig) -> list[Rule]:
             "--keep-latest-k and --val-sequences must be at least 1",
         ),
         balance_loss_rule(args),
+        *measurement_rules(args),
         (
             min(args.micro_batch, args.save_every) >= 0,
             "--micro-batch and --save-every must be at least 0",
         ),
-        (0 <= args.ema_decay < 1, "--ema-decay must be from 0 to below 1"),
-        (
-            args.peak_tflops >= 0 and math.isfinite(args.peak_tflops),
-            "--peak-tflops must be a number of at least 0",
-        ),
-        (args.expert_load_every >= 0, "--expert-load-every must be at least 0"),
-        (
-            min((1, *args.profile, *args.memory_snapshot)) >= 1,
-            "--profile and --memory-snapshot count steps from 1",
-        ),
-        (min((0, *args.profile_ranks)) >= 0, "--profile-ranks counts ranks from 0"),
         (
             args.skip_grad_norm_factor == 0 or args.skip_grad_norm_factor > 1,
             "--skip-grad-norm-factor must be above 1, or 0 for no limit",
-        ),
-        (
-            min(args.grad_norm_window, args.max_skipped_steps) >= 1,
-            "--grad-norm-window and --max-skipped-steps must be at least 1",
         ),
     ]
 
