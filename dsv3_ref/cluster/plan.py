@@ -219,20 +219,33 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
     )
 
 
-def rank_memory(plan: PlanConfig, config: Config, rank: int, usage: Bytes) -> RankMemory:
-    """Return the memory of a pipeline rank."""
-    stages = stages_by_rank(plan.schedule, plan.pp)
-    state = rank_state_bytes(
-        config, stages, rank, plan.dp, plan.ep, plan.precision, sharded=plan.zero
-    )
-    wgrads, messages = usage["deferred weight gradients"], usage["messages"]
-    return RankMemory(
-        *state,
-        activations=usage.total() - wgrads - messages,
-        wgrads=wgrads,
-        messages=messages,
-        host=state.moments,  # the average of the shard in fp32, as large as two moments in bf16
-    )
+@cache
+def memory_of_ranks(
+    settings: MemorySettings, dp: int, precision: str, zero: bool
+) -> tuple[list[RankMemory], list[Bytes]]:
+    """Return the memory of every pipeline rank, and its peak by kind.
+
+    Cached because it does not depend on rates and overheads, which chapters vary.
+    """
+    stages = stages_by_rank(settings.schedule, settings.pp)
+    ranks, peaks = [], []
+    for rank in range(settings.pp):
+        usage = peak_usage(settings, rank)
+        wgrads, messages = usage["deferred weight gradients"], usage["messages"]
+        state = rank_state_bytes(
+            settings.config, stages, rank, dp, settings.ep, precision, sharded=zero
+        )
+        peaks.append(usage)
+        ranks.append(
+            RankMemory(
+                *state,
+                activations=usage.total() - wgrads - messages,
+                wgrads=wgrads,
+                messages=messages,
+                host=state.moments,  # the average of the shard in fp32: two moments in bf16
+            )
+        )
+    return ranks, peaks
 
 
 # ── Traffic, operations, time ──
@@ -290,11 +303,11 @@ def estimate(plan: PlanConfig) -> Estimate:
     settings = memory_settings(plan, config)
     steps = schedule(plan.schedule, plan.pp, settings.microbatches)
     step = step_settings(plan, config, steps)
-    usage = [peak_usage(settings, rank) for rank in range(plan.pp)]
+    ranks, usage = memory_of_ranks(settings, plan.dp, plan.precision, plan.zero)
     return Estimate(
         plan=plan,
         model=config,
-        ranks=[rank_memory(plan, config, rank, peak) for rank, peak in enumerate(usage)],
+        ranks=ranks,
         usage=usage,
         in_flight=max_in_flight(steps),
         sent=bytes_sent(plan, config, counts, stages),
