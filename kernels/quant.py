@@ -485,16 +485,19 @@ def _swiglu_quant_backward_kernel(
     gate, up = round_like(gate, g), round_like(up, g)
     wide = g.to(tl.float32)
     sigma = sigmoid(gate)
-    h = round_like(gate * sigma, g)
-    y = round_like(h * up, g)
     if SCALED:
         part = dscale_ptr + (tl.program_id(0) % nk).to(tl.int64) * m
+        y = round_like(round_like(gate * sigma, g) * up, g)
         tl.store(part + row, tl.sum(wide * y, 1), mask=exists)
         scale = tl.load(scale_ptr + row, mask=exists, other=0.0)[:, None]
-        wide, y = round_like(wide * scale, g), round_like(y * scale, g)
+        wide = round_like(wide * scale, g)
     dgate = round_like(wide * up, g) * sigma * (1.0 + gate * (1.0 - sigma))
     tl.store(dgate_ptr + offset, dgate.to(g.dtype), mask=mask)
+    h = round_like(gate * sigma, g)
     tl.store(dup_ptr + offset, (h * wide).to(g.dtype), mask=mask)
+    y = round_like(h * up, g)
+    if SCALED:
+        y = round_like(y * scale, g)
     is_bf16: tl.constexpr = g.dtype == tl.bfloat16
     store_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, is_bf16, False)
 
