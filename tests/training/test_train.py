@@ -338,13 +338,14 @@ def test_a_bad_step_is_skipped_and_passed_over(why, home, tmp_path, monkeypatch)
     rows = []
     for step in range(1, 7):
         before = {name: x.clone() for name, x in run.strategy.model.state_dict().items()}
-        norms, drawn = list(run.state.spike_guard.norms), run.state.loader.rng.bit_generator.state
+        norms = list(run.state.spike_guard.norms)
+        drawn = run.state.loader.streams[0].rng.bit_generator.state
         rows.append(loop.take_step(run))
         same = all(
             torch.equal(x, before[name]) for name, x in run.strategy.model.state_dict().items()
         )
         assert same == (list(run.state.spike_guard.norms) == norms) == (step == 4)
-        assert run.state.loader.rng.bit_generator.state != drawn
+        assert run.state.loader.streams[0].rng.bit_generator.state != drawn
     assert [row["skipped"] for row in rows] == [None] * 3 + [why] + [None] * 2
     assert rows[3]["grad_norm"] is None or rows[3]["grad_norm"] > 10 * rows[2]["grad_norm"]
     json.loads(json.dumps(rows, allow_nan=False))
