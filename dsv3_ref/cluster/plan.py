@@ -30,7 +30,7 @@ from dsv3_ref.inference_scale import (
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
 from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.bucket import rank_state_bytes
+from dsv3_ref.parallel.bucket import Precision, rank_state_bytes
 from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
 from dsv3_ref.scale import (
@@ -221,7 +221,7 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
 
 @cache
 def memory_of_ranks(
-    settings: MemorySettings, dp: int, precision: str, zero: bool
+    settings: MemorySettings, dp: int, precision: Precision, zero: bool
 ) -> tuple[list[RankMemory], list[Bytes]]:
     """Return the memory of every pipeline rank, and its peak by kind.
 

@@ -189,18 +189,24 @@ class MeshParallel:
         """
         sizes = run.data.batch_size_schedule[run.state.step :]
         with track_operation(f"rows of step {run.state.step + 1}", range(self.mesh.world)):
-            is_stale = self.rows.prefetch(sizes)
+            is_stale = self.reader.prefetch(sizes)
             if is_stale or not self.rows_are_ready:
                 call_on_ranks(self.raise_failure)
-        rows_bs = self.rows.next_part(sizes)
-        self.rows.prefetch(sizes[1:])
+        rows_bs = self.reader.next_part(sizes)
+        self.reader.prefetch(sizes[1:])
         self.rows_are_ready = False
         rows = RowBatch(rows_bs.to(self.device))
         return LocalRows(rows, n, self.engine.global_loss_weight(rows))
 
+    @property
+    def reader(self) -> PrefetchingLoader:
+        """The reader of this data index's rows; tasks that replicate their data have none."""
+        assert self.rows is not None, "a task that replicates its data draws no rows"
+        return self.rows
+
     def raise_failure(self) -> None:
         """Raise the error with which this rank could not read its next rows."""
-        failure = self.rows.failure()
+        failure = self.reader.failure()
         if failure:
             raise failure
 

@@ -240,8 +240,7 @@ class Pipeline:
 
     def shares(self, batch: RowBatch | LocalRows, microbatches: list[RowBatch]) -> list[float]:
         """Return each micro-batch's fraction of the weight of the global batch."""
-        is_local = isinstance(batch, LocalRows)
-        whole = batch.weight if is_local else self.objective.loss_weight(batch)
+        whole = batch.weight if isinstance(batch, LocalRows) else self.objective.loss_weight(batch)
         return [self.objective.loss_weight(part) / max(1, whole) for part in microbatches]
 
     # ── A batch ──

@@ -229,7 +229,7 @@ DEFAULT = CompletionRequest(
     prompts=[], chat=False, n=1, best_of=1, max_tokens=None, temperature=1.0, top_p=1.0, top_k=0,
     min_p=0.0, seed=7, stop=(), stop_token_ids=frozenset(), ignores_eos=False,
     logits_processor=LogitsProcessor(1.0, 0.0, 0.0, (), 0), stream=False, include_usage=False,
-    num_logprobs=-1, echo=False,
+    num_logprobs=-1, echo=False, returns_token_ids=False,
 )  # fmt: skip
 
 
