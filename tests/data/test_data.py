@@ -227,7 +227,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        UserError, match="read owner/name .no file here; looked for on the hub.: no"
+        UserError, match="read owner/name .no file here; looked for on the hub.: the hub does not"
     ):
         open_source("owner/name")
 

@@ -566,7 +566,8 @@ def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
         config = settings.parse_args(argv)
         strategy = MeshParallel(config, torch.device("cpu"))
         run = build_run(PretrainTask(config), strategy, out)
-        found.append([run.task.next_batch(run, n).tolist() for n in (4, 2, 4)])
+        batches = [run.task.next_batch(run, n) for n in run.data.batch_size_schedule[:3]]
+        found.append([batch.rows.rows_bs.tolist() for batch in batches])
     (out / f"{number}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -574,7 +575,6 @@ def rank(home, argvs: list[list[str]], out: Path, number: int) -> None:
 def test_two_ranks_read_what_one_reads(home, text_shards, tmp_path):
     """From shards and from text, whatever the mesh."""
     alone = rows([str(text_shards)], seed=0, fim_rate=0.1)
-    want = [alone.next_batch(n).tolist() for n in (4, 2, 4)]
     more = [["--data", text_shards], ["--data", text_shards, "--pp", "2"], ["--ep", "2"]]
     argvs = [options(home, tmp_path, *x)[1:] for x in more]
     ranks = [miniruns.FORK.Process(target=rank, args=(home, argvs, tmp_path, n)) for n in (0, 1)]
@@ -582,8 +582,11 @@ def test_two_ranks_read_what_one_reads(home, text_shards, tmp_path):
         process.start()
     for process in ranks:
         process.join(120)
-    for number in (0, 1):
-        assert json.loads((tmp_path / f"{number}.json").read_text()) == [want] * 3
+    first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (0, 1))
+    want = [alone.next_batch(len(batch)).tolist() for batch in first[1]]
+    assert first[1] == second[1] == want  # two stages of one pipeline
+    for mesh in (0, 2):  # two pipelines, a half each
+        assert [a + b for a, b in zip(first[mesh], second[mesh])] == want
 
 
 def test_another_tokenizer_than_that_of_the_shards(home, whole, text_shards, tmp_path, capsys):
