@@ -144,11 +144,11 @@ def gather_results(make: Callable[[], Made], group: Any = None) -> list[Made]:
     if not dist.is_initialized():
         return [make()]
     value: Made | None = None
-    failure: Exception | None = None
+    failure: Exception | SystemExit | None = None
     try:
         value = make()
-    except Exception as e:  # whatever it is, the other ranks must not wait for this one
-        failure = e
+    except (Exception, SystemExit) as e:  # the other ranks must not wait for this one; SystemExit
+        failure = e  # is how a gathering within make() ends all ranks but the first
     errors: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
     error = failure and (isinstance(failure, DamageError), str(failure) or repr(failure))
     dist.all_gather_object(errors, error, group)
