@@ -68,3 +68,14 @@ class Gang:
         for process, _ in self.members:
             process.kill()
         self.members = []
+
+
+def gather_bucket(bucket, shard):
+    """Return the whole flat tensor of a bucket from each rank's shard of it."""
+    import torch.distributed as dist
+
+    if not bucket.sharded:
+        return shard
+    flat = shard.new_empty(bucket.flat.shape)
+    dist.all_gather_into_tensor(flat, shard.contiguous(), group=bucket.group)
+    return flat

@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
 
 from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.cluster.memory import Bytes, MemorySettings, peak_usage
@@ -29,8 +28,12 @@ from dsv3_ref.inference_scale import (
     prefill_throughput,
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
-from dsv3_ref.model import Transformer
-from dsv3_ref.parallel.bucket import Precision, rank_state_bytes
+from dsv3_ref.parallel.bucket import (
+    Precision,
+    bucket_key,
+    parameter_shapes,
+    rank_state_bytes,
+)
 from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
 from dsv3_ref.scale import (
@@ -176,28 +179,17 @@ def params_by_rank(
 
 
 @cache
-def meta_model(config: Config) -> Transformer:
-    """Return the model without memory, cached because it takes seconds to build."""
-    with torch.device("meta"):
-        return Transformer(config)
-
-
-@cache
 def count_params_by_rank(
     config: Config, schedule_name: str, pp: int, dp: int, ep: int
 ) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
     """Return `params_by_rank`, cached because chapters and tables ask again."""
-    model = meta_model(config)
     stages = stages_by_rank(schedule_name, pp)
     counts: list[ParamCounts] = [{} for _ in range(pp)]
-    for name, w in model.named_parameters():
-        ranks = owning_ranks(name, config, stages)
-        is_sharded = is_expert(name)
-        num_summed = len(ranks) * dp * (1 if is_sharded else ep)
-        in_block = name.startswith("layers.") or ".block." in name
-        key = num_summed, in_block and w.ndim > 1 and ".gate." not in name
-        for rank in ranks:
-            count = w.numel() // (ep if is_sharded else 1)
+    for name, shape in parameter_shapes(config).items():
+        bucket = bucket_key(name, len(shape), config, stages, "fp8")
+        key = bucket.group_size(dp, ep), bucket.weight_format == "fp8"
+        for rank in bucket.owners:
+            count = shape.numel() // (ep if bucket.expert else 1)
             counts[rank][key] = counts[rank].get(key, 0) + count
     return counts, stages
 
@@ -257,7 +249,7 @@ def count_communicators(plan: PlanConfig, config: Config) -> dict[str, int]:
     Their number does not depend on --dp, nor on --ep beyond one node.
     """
     stages = stages_by_rank(plan.schedule, plan.pp)
-    owners = {owning_ranks(n, config, stages) for n, _ in meta_model(config).named_parameters()}
+    owners = {owning_ranks(name, config, stages) for name in parameter_shapes(config)}
     layouts = [MeshLayout(plan.pp, 1, plan.ep, p * plan.ep) for p in range(plan.pp)]
     counts = [layout.count_communicators(owners, plan.ep_ranks_per_node) for layout in layouts]
     return max(counts, key=lambda count: sum(count.values()))
@@ -330,9 +322,9 @@ def step_settings(plan: PlanConfig, config: Config, steps: list[list[Step]]) -> 
 def params_by_stage(config: Config, num_stages: int, ep: int) -> list[int]:
     """Return the number of parameters of each stage on a rank."""
     counts = [0] * num_stages
-    for name, w in meta_model(config).named_parameters():
+    for name, shape in parameter_shapes(config).items():
         for stage in stages_with_param(name, config, num_stages):
-            counts[stage] += w.numel() // (ep if is_expert(name) else 1)
+            counts[stage] += shape.numel() // (ep if is_expert(name) else 1)
     return counts
 
 

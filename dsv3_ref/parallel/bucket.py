@@ -251,14 +251,6 @@ class Bucket:
         own = self.shard_of(flat)
         return dist.all_gather_into_tensor(flat, own, group=self.group, async_op=True)
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """Return the whole flat tensor from each rank's shard of it."""
-        if not self.sharded:
-            return shard
-        flat = shard.new_empty(self.flat.shape)
-        dist.all_gather_into_tensor(flat, shard.contiguous(), group=self.group)
-        return flat
-
     @property
     def bytes(self) -> StateBytes:
         """The bytes of weights, masters and gradients; the optimizer has the moments."""

@@ -122,11 +122,15 @@ class MeshParallel:
     def load_weights(self, init: Path) -> None:
         """Load weights: each rank reads its slices of the masters, then all exchange them."""
         targets = sharded.weight_ranges(self.engine)
+        self.fill_weights(init, targets)
+        self.engine.optimizer.gather_weights()
+
+    def fill_weights(self, directory: Path, targets: dict[str, FlatRange]) -> None:
+        """Fill ranges of our tensors from a directory of weights; a collective call."""
         native.newest_whole(
-            init, partial(native.fill_weights, targets), self.config.verify, self.mesh.rank,
+            directory, partial(native.fill_weights, targets), self.config.verify, self.mesh.rank,
             self.mesh.world, call_on_ranks,
         )  # fmt: skip
-        self.engine.optimizer.gather_weights()
 
     @property
     def precision(self) -> Precision:
@@ -143,10 +147,7 @@ class MeshParallel:
         targets: dict[str, FlatRange] = {}
         for name, x in frozen.model.state_dict().items():
             targets |= split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)), first)
-        native.newest_whole(
-            directory, partial(native.fill_weights, targets), self.config.verify, self.mesh.rank,
-            self.mesh.world, call_on_ranks,
-        )  # fmt: skip
+        self.fill_weights(directory, targets)
         return frozen
 
     def read_out(

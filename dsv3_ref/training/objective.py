@@ -6,7 +6,7 @@ indices and micro-batches, and the last stage of a pipeline computes the loss.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -91,7 +91,8 @@ def objective_loss(objective: Objective, model: Transformer, batch: RowBatch) ->
     return LossOutput(loss, [], loss.new_zeros(()), routes)
 
 
-class CrossEntropyLoss:
+@runtime_checkable
+class CrossEntropyLoss(Objective, Protocol):
     """A loss that is the mean cross-entropy of some tokens.
 
     The last stage of a pipeline then adds the gradient of the head during the forward pass.
@@ -99,18 +100,19 @@ class CrossEntropyLoss:
 
     def targets(self, batch: Any) -> tuple[Tensor | None, Tensor]:
         """Return which positions count, (b·s,) or None for all, and their next tokens, (n,)."""
-        raise NotImplementedError
-
-    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: Any) -> Tensor:
-        """Return the mean cross-entropy in nats per token that counts."""
-        mask_n, y_n = self.targets(batch)
-        h_nd = h_bsd.flatten(0, 1)
-        if mask_n is not None:
-            h_nd = h_nd[mask_n]
-        return linear_cross_entropy(h_nd, head_wd, y_n) / max(1, len(y_n))
 
 
-class NextTokenLoss(CrossEntropyLoss):
+def mean_cross_entropy(
+    h_bsd: Tensor, head_wd: Tensor, mask_n: Tensor | None, y_n: Tensor
+) -> Tensor:
+    """Return the mean cross-entropy in nats per token that counts; see `targets`."""
+    h_nd = h_bsd.flatten(0, 1)
+    if mask_n is not None:
+        h_nd = h_nd[mask_n]
+    return linear_cross_entropy(h_nd, head_wd, y_n) / max(1, len(y_n))
+
+
+class NextTokenLoss:
     """The mean cross-entropy of all tokens but the first of each row, and MTP losses."""
 
     trains_mtp = True
@@ -127,8 +129,12 @@ class NextTokenLoss(CrossEntropyLoss):
         """Return None, since all positions count, and their next tokens."""
         return None, batch.rows_bs[:, 1:].flatten()
 
+    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+        """Return the mean in nats per token."""
+        return mean_cross_entropy(h_bsd, head_wd, *self.targets(batch))
 
-class CompletionLoss(CrossEntropyLoss):
+
+class CompletionLoss:
     """The mean cross-entropy of the answers in packed rows with flags: `sft_loss` of chapter 14."""
 
     trains_mtp = False
@@ -147,6 +153,10 @@ class CompletionLoss(CrossEntropyLoss):
         rows = read_flags(batch.rows_bs[:, 1:])
         mask_n = rows.mask_bs.flatten()
         return mask_n, rows.tokens_bs.flatten()[mask_n]
+
+    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+        """Return the mean in nats per token."""
+        return mean_cross_entropy(h_bsd, head_wd, *self.targets(batch))
 
 
 NEXT_TOKEN_LOSS = NextTokenLoss()

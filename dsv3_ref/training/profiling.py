@@ -59,11 +59,12 @@ def profile_step(
 ) -> Iterator[None]:
     """Record what the options ask for while step number `step` runs, in the run's folder `logs`."""
     rank = int(os.environ.get("RANK", 0))
+    chosen = step if rank in args.profile_ranks else None
     with ExitStack() as stack:
-        if rank in args.profile_ranks and step in args.profile:
+        if chosen in args.profile:
             path = run_dir / "logs" / f"profile-step{step}-rank{rank}.json.gz"
             stack.enter_context(record_trace(path, device))
-        if rank in args.profile_ranks and step in args.memory_snapshot:
+        if chosen in args.memory_snapshot:
             path = run_dir / "logs" / f"memory-step{step}-rank{rank}.pickle"
             stack.enter_context(record_allocations(path))
         yield

@@ -228,7 +228,7 @@ def test_json_without_end_is_refused(run, monkeypatch):
 
 @pytest.mark.parametrize("text", ['{"weights": "v1"}', "[]", "not JSON", "{}"])
 def test_a_manifest_of_another_program_is_not_damage(model, tmp_path, text):
-    """Of a model in Hugging Face's format, which has no manifest of ours; but ours is verified."""
+    """A Hugging Face directory may hold any manifest.json; one in our format is verified."""
     save_hf(model, tmp_path / "hf")
     (tmp_path / "hf" / "manifest.json").write_text(text)
     load(tmp_path / "hf")

@@ -7,7 +7,7 @@ from math import inf, prod
 
 import pytest
 import torch
-from gang import Gang
+from gang import Gang, gather_bucket
 
 from dsv3_ref import ops, scale
 from dsv3_ref.config import TINY, V3, UserError
@@ -418,7 +418,7 @@ def gradient_errors(engine: ParallelEngine, grads: dict) -> dict[str, float]:
     """Return the relative error of every gradient of a rank against those of one process."""
     errors, mesh = {}, engine.mesh
     for bucket in engine.optimizer.buckets:
-        flat = bucket.all_gather(bucket.shard.grad)
+        flat = gather_bucket(bucket, bucket.shard.grad)
         for n in bucket.names:
             g = grads[n].chunk(mesh.ep)[mesh.ep_rank] if ".experts." in n else grads[n]
             errors[n] = relative(bucket.view(flat, n), g) if g.norm() else 0.0

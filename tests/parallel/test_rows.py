@@ -150,7 +150,7 @@ def test_more_streams_than_documents_are_refused():
 
 
 class FakeGroup:
-    """What a `PrefetchingLoader` of a single rank needs of its group."""
+    """A stand-in for the process group of a `PrefetchingLoader` on one rank."""
 
 
 def test_rows_are_drawn_ahead_but_not_counted(monkeypatch):

@@ -1,4 +1,4 @@
-"""Who reaches a server and what waits for a tokenizer, without sockets that listen."""
+"""Hosts, keys and limits of a server and the queue of its tokenizer, without a listening socket."""
 
 import asyncio
 import base64
