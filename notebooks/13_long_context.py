@@ -759,8 +759,8 @@ print(f"cache of one sequence of 128K: {cache_gb:.1f} GB; reading it once takes 
 #
 # Kernels: prefill uses `varlen_attention`, which keeps no probabilities in memory, and decoding uses `paged_attention`
 # ([chapter 10](10_triton.ipynb)). If no two GPUs share a sequence, its activations must fit into one pipeline stage.
-# Recomputation is not enough for that: more than 150 kB per token and MoE layer remain ([chapter 17](17_scale.ipynb)), which is
-# 79 GB for 131,072 tokens in the four layers of a stage. At this length a sequence has to be divided among GPUs
+# Recomputation is not enough for that: about 182 kB per token and MoE layer remain ([chapter 17](17_scale.ipynb)), which is
+# 95 GB for 131,072 tokens in the four layers of a stage. At this length a sequence has to be divided among GPUs
 # (*context parallelism*), which the report does not mention. On Slurm,
 # run `slurm/long_context.sbatch --init …`, then the same with `PHASE=128k`. Neither has been run on a GPU.
 #
