@@ -26,7 +26,7 @@ def describe_api(fields: Mapping[str, Mapping[str, Field]], max_body_bytes: int)
     Null stands everywhere for a field that is absent.
     """
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "dsv3 serve",
             "version": "1",
@@ -84,7 +84,8 @@ def completion_path(
     )
     schema = object_schema(fields, required)
     post = body_operation(f"At most {max_body_bytes} bytes", response, schema)
-    post["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT}
+    event = object_of(data=TEXT)
+    post["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT, "itemSchema": event}
     return {"post": post}
 
 

@@ -43,6 +43,28 @@ def case_linear_cross_entropy(n: int, d: int, w: int) -> Case:
     return Case("linear_cross_entropy", sizes, make, 4 * (n * d + w * d), 6 * n * d * w)
 
 
+def case_cross_entropy_and_grads(n: int, d: int, w: int) -> Case:
+    """Return the case of the loss whose head gradient is added to that of earlier tokens, in fp32.
+
+    The buffer is made by each call, so that its results can be compared.
+    """
+
+    def make() -> Calls:
+        h_nd, head_wd = randn(n, d), randn(w, d)
+        target_n = torch.randint(w, (n,))
+
+        def gradients() -> tuple[Tensor, ...]:
+            head_grad_wd = torch.zeros(w, d)
+            nll, dh_nd = ops.cross_entropy_and_grads(h_nd, head_wd, target_n, 1.0, head_grad_wd)
+            return nll, dh_nd, head_grad_wd
+
+        return vs_torch(gradients)
+
+    sizes = {"n": n, "d": d, "w": w}
+    num_bytes = 4 * n * d + 2 * w * d + 4 * w * d
+    return Case("cross_entropy_and_grads", sizes, make, num_bytes, 6 * n * d * w)
+
+
 def layer_gradients(layer: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """Run a layer forward and backward; return the gradients of x and of the parameters.
 

@@ -19,7 +19,11 @@ from dsv3_ref.kernels.bench.case import (
     fraction_of_copy,
     speedup_over,
 )
-from dsv3_ref.kernels.bench.layer_cases import case_linear_cross_entropy, case_moe_step
+from dsv3_ref.kernels.bench.layer_cases import (
+    case_cross_entropy_and_grads,
+    case_linear_cross_entropy,
+    case_moe_step,
+)
 from dsv3_ref.kernels.bench.matmul_cases import (
     case_fp8_gemm,
     case_fp8_grouped_gemm,
@@ -161,6 +165,10 @@ def all_cases(divisor: int = 1) -> list[Case]:
         *matmul_cases(shrink),
         *memory_bound_cases(shrink),
         *attention_cases(shrink),
-        case_linear_cross_entropy(shrink(TOKENS), d, shrink(V3.vocab_size)),
+        *for_sizes(
+            [(shrink(TOKENS), d, shrink(V3.vocab_size))],
+            case_linear_cross_entropy,
+            case_cross_entropy_and_grads,
+        ),
         case_moe_step(4, shrink(TOKENS), shrink(32, 16), d, f, STEP_GOALS),
     ]
