@@ -37,8 +37,12 @@ Quantized = tuple[Tensor, Tensor]  # E4M3 values and their fp32 scales
 
 
 def amax_to_scale(amax: Tensor, use_ue8m0: bool) -> Tensor:
-    """Compute s = amax / 448 in fp32; with use_ue8m0, round it up to a power of two."""
-    s = amax.clamp(min=MIN_AMAX) / E4M3_MAX
+    """Compute s = amax / 448 in fp32; with use_ue8m0, round it up to a power of two.
+
+    On CUDA, PyTorch divides by a Python number as it multiplies by its reciprocal, which changes
+    the last bit of half of all scales; the divisor is therefore a tensor.
+    """
+    s = amax.clamp(min=MIN_AMAX) / amax.new_full((), E4M3_MAX)
     if use_ue8m0:
         s = ((s.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return s

@@ -21,13 +21,13 @@ from dsv3_ref.kernels.launch import (
     autotune_bucket,
     check_tensor,
     tma_aligned,
+    triton_impl,
 )  # fmt: skip
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
-from dsv3_ref.ops import impl
 
 MAX_HEAD_DIM = 256
 LN2 = tl.constexpr(math.log(2))
@@ -444,7 +444,7 @@ def check_attention_inputs(scale: float, **tensors: tuple[Tensor, tuple[int | No
         raise ValueError(f"scale must be positive, not {scale}")
 
 
-@impl("attention", "triton")
+@triton_impl("attention")
 def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
     """Compute causal attention, o = softmax(scale·q·kᵀ) v: (b, s, h, v).
 
@@ -463,7 +463,7 @@ def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> T
     return o.unflatten(0, (b, s))
 
 
-@impl("varlen_attention", "triton")
+@triton_impl("varlen_attention")
 def varlen_attention(
     q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:

@@ -1,5 +1,6 @@
 """Matrix products: FP8 promoted to fp32 every 128, and grouped by expert in any precision."""
 
+import os
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dsv3_ref.kernels.launch import (
     num_blocks,
     num_sms,
     tma_aligned,
+    triton_impl,
 )
 from dsv3_ref.kernels.quant import tile_map
 from torch import Tensor
@@ -29,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
-from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
+from dsv3_ref.ops import defer_wgrad, matmul_dtype
 
 # ── Configs ──
 
@@ -37,6 +39,10 @@ from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 def is_hopper() -> bool:
     """Return whether kernels are compiled for sm_90; true in the interpreter too."""
     return triton.knobs.runtime.interpret or driver.active.get_current_target().arch == 90
+
+
+# Warp specialization has produced wrong results before (triton-lang/triton#8311).
+USE_WARP_SPECIALIZATION = os.environ.get("DSV3_WARP_SPECIALIZATION", "1") != "0"
 
 
 def config_fits(config: triton.Config, args: dict) -> bool:
@@ -50,7 +56,7 @@ def config_fits(config: triton.Config, args: dict) -> bool:
     if args.get("GROUPED") and meta["BLOCK_M"] != 128:  # the tile map has tiles of 128 rows
         return False
     if meta["WS"]:
-        return config.num_warps == (4 if hopper else 8)
+        return USE_WARP_SPECIALIZATION and config.num_warps == (4 if hopper else 8)
     return meta["BLOCK_N"] != 192 or hopper
 
 
@@ -205,7 +211,7 @@ def fp8_gemm_blockwise(
     return c
 
 
-@impl("fp8_gemm", "triton")
+@triton_impl("fp8_gemm")
 def fp8_gemm(
     a: Tensor,
     a_s: Tensor,
@@ -237,7 +243,7 @@ def fp8_gemm(
     return c if out is None else out.add_(c)
 
 
-@impl("fp8_grouped_gemm", "triton")
+@triton_impl("fp8_grouped_gemm")
 def fp8_grouped_gemm(
     a: Tensor,
     a_s: Tensor,
@@ -328,7 +334,7 @@ def fp8_wgrad(
     return c
 
 
-@impl("fp8_grouped_wgrad", "triton")
+@triton_impl("fp8_grouped_wgrad")
 def fp8_grouped_wgrad(
     g: Tensor,
     g_s: Tensor,
@@ -496,7 +502,7 @@ class TritonGroupedLinear(torch.autograd.Function):
         return dx, dw, None
 
 
-@impl("grouped_linear", "triton")
+@triton_impl("grouped_linear")
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     """Multiply each row by the matrix of its expert: y_m = W_e(m) x_m, (m, o).
 

@@ -2,17 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from dsv3_ref.ops import impl
+
 BF16, FP32 = torch.bfloat16, torch.float32
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32
 FLOATS = (FP32, BF16)
 AutotuneDecorator = Callable[[JITFunction], Autotuner]
 Grid = Callable[[dict[str, int]], tuple[int, ...]]  # from a config's meta-parameters
+OpParams = ParamSpec("OpParams")
+OpResult = TypeVar("OpResult")
+SM_LIMIT: int | None = None  # multiprocessors that persistent kernels use at most; None: all
 
 
 def autotune_bucket(n: int) -> int:
@@ -28,11 +35,13 @@ def num_blocks(k: int) -> int:
 def num_sms(x: torch.Tensor, interpreted: int = 2) -> int:
     """Return the number of multiprocessors of x's GPU, or `interpreted` for a CPU tensor.
 
-    With a small number, each interpreted program of a persistent kernel processes several tiles.
+    With a small number, each program of a persistent kernel processes several tiles; `SM_LIMIT`
+    leaves multiprocessors to others.
     """
     if not x.is_cuda:
         return interpreted
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+    existing = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return existing if SM_LIMIT is None else min(existing, SM_LIMIT)
 
 
 def kernel_config(warps: int, stages: int = 3, **meta: int) -> triton.Config:
@@ -43,6 +52,32 @@ def kernel_config(warps: int, stages: int = 3, **meta: int) -> triton.Config:
 def cdiv_grid(n: int, block: str, factor: int = 1) -> Grid:
     """Return a grid of factor · ⌈n / meta[block]⌉ programs."""
     return lambda meta: (factor * triton.cdiv(n, meta[block]),)
+
+
+# ── Ops ──
+
+
+def triton_impl(
+    name: str,
+) -> Callable[[Callable[OpParams, OpResult]], Callable[OpParams, OpResult]]:
+    """Register a function as the Triton form of op `name`.
+
+    Triton launches on the current GPU, which need not be the one that holds the tensors: the
+    function is called with that of its first tensor as the current one.
+    """
+
+    def register(fn: Callable[OpParams, OpResult]) -> Callable[OpParams, OpResult]:
+        @wraps(fn)
+        def on_its_device(*args: OpParams.args, **kwargs: OpParams.kwargs) -> OpResult:
+            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+            if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+                return fn(*args, **kwargs)
+            with torch.cuda.device(x.get_device()):
+                return fn(*args, **kwargs)
+
+        return impl(name, "triton")(on_its_device)
+
+    return register
 
 
 # ── Layouts ──

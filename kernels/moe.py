@@ -16,12 +16,12 @@ from dsv3_ref.kernels.launch import (
     cdiv_grid,
     check_tensor,
     kernel_config,
+    triton_impl,
 )  # fmt: skip
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
-from dsv3_ref.ops import impl
 
 INT64 = torch.int64
 
@@ -99,7 +99,7 @@ def _group_limited_topk_kernel(
     tl.store(expert_ptr + offset, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
 
 
-@impl("group_limited_topk", "triton")
+@triton_impl("group_limited_topk")
 def group_limited_topk(
     scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
@@ -227,7 +227,7 @@ def check_permutation(sorted_ids_m: Tensor, row_ids_nk: Tensor, n: int) -> None:
     check_tensor("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
 
 
-@impl("permute", "triton")
+@triton_impl("permute")
 def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
     check_tensor("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
@@ -289,7 +289,7 @@ class TritonUnpermute(torch.autograd.Function):
         return dy_md, dweight_nk, None
 
 
-@impl("unpermute", "triton")
+@triton_impl("unpermute")
 def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Compute the weighted sum of each token's rows: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     check_tensor("weight_nk", weight_nk, (None, None), FLOATS)

@@ -3,7 +3,6 @@
 import os
 import random
 import re
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,11 @@ DIVISIBLE = re.compile(
 sys.path.insert(0, str(ROOT / "tools"))  # tools/ is not a package: tests import it by file name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
-if not shutil.which("nvidia-smi"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels run on the CPU
 
 import torch  # noqa: E402  after the threads are set
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels run on the CPU
 
 
 class TorchRandom:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref import fp8, ops
 from dsv3_ref.config import TINY, ceil_div
@@ -36,6 +37,36 @@ def expected_scale(x, use_ue8m0: bool) -> torch.Tensor:
 
 
 # ── Tiles and blocks ──
+
+
+class Divisors(TorchDispatchMode):
+    """The divisors of all divisions by a Python number."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        if fn.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.found += [x for x in args[1:2] if not isinstance(x, torch.Tensor)]
+        return fn(*args, **(kwargs or {}))
+
+
+def test_no_scale_is_divided_by_a_python_number():
+    """CUDA multiplies by the reciprocal of such a number, which powers of two alone survive."""
+    x, counts = wide_range(130, 130), torch.tensor([2, 128])
+    with Divisors() as divisors, ops.use("torch"):
+        for use_ue8m0 in (False, True):
+            q = fp8.act_quant(x, use_ue8m0)
+            fp8.weight_quant(x, use_ue8m0)
+            fp8.act_quant_transposed(x, counts, use_ue8m0)
+            fp8.requant_transposed(*q, counts, use_ue8m0)
+            fp8.rms_norm_quant(x, x[0], 1e-6, None, use_ue8m0)
+            fp8.swiglu_quant(x, x, use_ue8m0)
+        fp8.swiglu_quant_backward(x, *q, *q, counts)
+        fp8.e5m6_dequant(*fp8.e5m6_quant(x), 130)
+        assert (x / 3).shape == x.shape
+    assert divisors.found == [3]
 
 
 @pytest.mark.parametrize("use_ue8m0", [False, True])

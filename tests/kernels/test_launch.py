@@ -1,0 +1,90 @@
+"""Where and how kernels are launched: the device, the multiprocessors, the backend of each op."""
+
+import interpreter  # isort: skip  # noqa: F401  first: makes Triton's interpreter round as a GPU does
+from types import SimpleNamespace
+
+import pytest
+import torch
+from dsv3_ref.kernels import gemm, launch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsv3_ref import ops
+
+WITHOUT_KERNEL = {  # products of cuBLAS, ops composed of others, and those of the decoder
+    "linear", "swiglu_linear", "grouped_swiglu_linear", "attend_prefill", "decode_weights",
+    "run_layers",
+}  # fmt: skip
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Pretend that there are GPUs and that cuda:0 is the current one; yield those made current."""
+    entered = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    return entered
+
+
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(two_gpus, monkeypatch):
+    monkeypatch.setitem(ops.IMPLS, "swiglu", dict(ops.IMPLS["swiglu"]))
+    seen = []
+
+    @launch.triton_impl("swiglu")
+    def swiglu(gate, up):
+        seen.append(list(two_gpus))
+
+    with FakeTensorMode():
+        near, far = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+    ops.IMPLS["swiglu"]["triton"](near, near)
+    assert two_gpus == []
+    ops.IMPLS["swiglu"]["triton"](far, far)
+    assert two_gpus == [1, None]
+    ops.IMPLS["swiglu"]["triton"](gate=far, up=far)
+    assert two_gpus == [1, None] * 2
+    assert seen == [[], [1], [1, None, 1]]
+
+
+def test_every_kernel_is_registered_with_that_guard():
+    for name, impls in ops.IMPLS.items():
+        if "triton" in impls:
+            assert impls["triton"].__wrapped__.__module__.startswith("dsv3_ref.kernels."), name
+
+
+@pytest.mark.parametrize("limit, expected", [(None, 132), (20, 20), (200, 132)])
+def test_persistent_kernels_leave_multiprocessors_to_others(limit, expected, monkeypatch):
+    found = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(launch, "SM_LIMIT", limit)
+    with FakeTensorMode():
+        assert launch.num_sms(torch.empty(1, device="cuda:0")) == expected
+    assert launch.num_sms(torch.empty(1), interpreted=3) == 3
+
+
+@pytest.mark.parametrize("is_used", [True, False])
+def test_warp_specialization_can_be_switched_off(is_used, monkeypatch):
+    monkeypatch.setattr(gemm, "USE_WARP_SPECIALIZATION", is_used)
+    for configs in (gemm.BLOCKWISE_CONFIGS, gemm.WGRAD_CONFIGS):
+        chosen = gemm.prune_fp8_configs(configs, {"GROUPED": False})
+        assert any(config.kwargs["WS"] for config in chosen) is is_used
+        assert not all(config.kwargs["WS"] for config in chosen)
+
+
+def test_on_cuda_an_op_with_a_kernel_uses_it():
+    """Nothing falls back silently: `auto` on CUDA is Triton, and torch where there is no kernel."""
+    with ops.use("auto"):
+        for name, impls in ops.IMPLS.items():
+            backend = "triton" if "triton" in impls else "torch"
+            assert ops.resolve_impl(name, "cuda") is impls[backend], name
+        without = {name for name, impls in ops.IMPLS.items() if "triton" not in impls}
+    assert without == WITHOUT_KERNEL
