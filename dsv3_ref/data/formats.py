@@ -389,8 +389,10 @@ def read_json_document(path: str, text: str) -> Iterator[PlacedRow]:
 def read_json_list(path: str, text: str, at: int) -> Iterator[PlacedRow]:
     """Yield the elements of a list that begins at a position of a text."""
     line, at = 1, skip_space(text, at)
-    for line, value, end in decode_values(path, text, at, between=","):
-        yield f"line {line}", checked_row(value)
+    has_lines = text.find("\n", at, text.rfind("]")) >= 0
+    values = decode_values(path, text, at, between=",")
+    for number, (line, value, end) in enumerate(values, start=1):
+        yield f"line {line}" if has_lines else f"row {number}", checked_row(value)
         at = end
     if not text.startswith("]", at):
         raise UserError(f"{path}, line {line}: no comma or ] after this row: correct it")

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dsv3_ref.config import UserError
@@ -14,6 +15,8 @@ SPEAKERS = {
 }  # fmt: skip
 MEDIA_COLUMNS = "image", "images", "video", "videos", "audio", "audios"
 WANTED_COLUMNS = "label", "kto_tag"  # of TRL's and LLaMA-Factory's unpaired preferences
+JSON_TURNS = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
+PYTHON_TURNS = re.compile(r"\s*\[\s*\{\s*'(role|content|from|value)'\s*:")
 HUMAN_OR_ASSISTANT = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -29,7 +32,8 @@ def parse_conversation(row: object) -> ConversationRow:
 
     {"messages": [{"role", "content"}, …]} or {"conversations": [{"from", "value"}, …]}, each with
     "system" and "tools" where they are given; {"instruction", "input", "output", "history"};
-    {"prompt", "completion"} of texts or messages. Raises a `UserError` for any other row.
+    {"query", "response", "history"}, as in ms-swift; {"prompt", "completion"} of texts or messages.
+    Raises a `UserError` for any other row.
     """
     if not isinstance(row, dict):
         raise no_conversation("")
@@ -43,8 +47,9 @@ def parse_conversation(row: object) -> ConversationRow:
         if isinstance(turns, list | tuple):
             messages = [rename_speaker(turn) for turn in turns]
             return ConversationRow(with_system(messages, values.get("system")), tools)
-    if "instruction" in values and "output" in values:
-        return ConversationRow(parse_alpaca(values), tools)
+    for question, answer in (("instruction", "output"), ("query", "response")):
+        if question in values and answer in values:
+            return ConversationRow(parse_alpaca(values, question, answer), tools)
     if "prompt" in values and "completion" in values:
         prompt = as_messages(values["prompt"], "user")
         return ConversationRow([*prompt, *as_messages(values["completion"], "assistant")], tools)
@@ -94,12 +99,12 @@ def rename_speaker(turn: Any) -> Any:
     return rest | {"role": SPEAKERS.get(speaker, speaker), "content": value}
 
 
-def parse_alpaca(row: dict[str, Any]) -> list[Message]:
-    """Return the messages of {"instruction", "input", "output", "system", "history"}."""
-    question = row["instruction"]
-    if row.get("input"):
-        question = f"{question}\n\n{row['input']}"
-    pairs = [*(row.get("history") or []), (question, row["output"])]
+def parse_alpaca(row: dict[str, Any], question: str, answer: str) -> list[Message]:
+    """Return the messages of a row of texts with "input", "system" and "history".
+
+    question, answer: names of its columns, such as "instruction" and "output".
+    """
+    pairs = [*(row.get("history") or []), (with_input(row[question], row), row[answer])]
     messages = []
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -111,11 +116,29 @@ def parse_alpaca(row: dict[str, Any]) -> list[Message]:
     return with_system(messages, row.get("system"))
 
 
+def with_input(question: object, row: dict[str, Any]) -> object:
+    """Return a question with the text in the row's column "input" below it."""
+    has_input = row.get("input") and isinstance(question, str)
+    return f"{question}\n\n{row['input']}" if has_input else question
+
+
 def as_messages(value: object, role: str) -> list[Any]:
-    """Return a text as the one message of a role, or a list of messages as it is."""
-    if isinstance(value, list | tuple):
-        return [rename_speaker(turn) for turn in value]
-    return [{"role": role, "content": value}]
+    """Return a text as the one message of a role; a message, or a list of them, as it is."""
+    value = parse_turns([value] if isinstance(value, dict) else value)
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def parse_turns(value: object) -> Any:
+    """Return a list of messages, which may be JSON as in CSV files; anything else unchanged.
+
+    Raises a `UserError` for a list as Python prints it, which pandas writes.
+    """
+    if isinstance(value, str) and PYTHON_TURNS.match(value):
+        raise UserError("its messages are written as Python prints them: write JSON (json.dumps)")
+    if isinstance(value, str) and JSON_TURNS.match(value):
+        with suppress(ValueError):
+            value = json.loads(value)
+    return [rename_speaker(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def as_list(value: Any) -> list[Any]:
@@ -143,6 +166,9 @@ def parse_json_text(text: object, name: str) -> Any:
 
 # ── Pairs ──
 
+# Columns in which data sets keep the prompt of two answers; the first that a row has counts.
+PROMPT_COLUMNS = "prompt", "question", "query", "instruction", "messages", "conversations"
+
 
 class PairRow(NamedTuple):
     """The messages of a prompt, and those of two answers to it."""
@@ -155,23 +181,39 @@ class PairRow(NamedTuple):
 def parse_pair(row: object) -> PairRow:
     """Return the pair of answers of a row {"prompt", "chosen", "rejected"}, of texts or messages.
 
-    Without a prompt, or if both answers repeat it, the prompt is what both begin with. Raises a
-    `UserError` for any other row.
+    The prompt may have another name (`PROMPT_COLUMNS`), and ms-swift calls the answers "response"
+    and "rejected_response". Without a prompt, or if both answers repeat it, the prompt is what both
+    begin with. Raises a `UserError` for any other row.
     """
     if not isinstance(row, dict):
         raise UserError('it has no prompt and answers: write {"prompt", "chosen", "rejected"}')
-    prompt = row.get("prompt")
-    talks = [whole_conversation(row.get(name), prompt) for name in ("chosen", "rejected")]
+    prompt, chosen, rejected = parse_pair_columns(row)
+    answers = chosen, rejected
+    talks = [whole_conversation(answer, prompt) for answer in answers]
     if talks[0] and talks[1]:
         n = common_length(*talks)
-        return PairRow(talks[0][:n], talks[0][n:], talks[1][n:])
+        shared = with_system(talks[0][:n], row.get("system"))
+        return PairRow(shared, talks[0][n:], talks[1][n:])
     if not isinstance(prompt, list | tuple | str) or prompt == "":
         raise UserError(
             "it has no list of messages as its prompt, and its answers are no whole conversations: "
-            'write {"prompt": messages or a string, "chosen", "rejected"}'
+            f'write {{"prompt": messages or a string, "chosen", "rejected"}}, not {", ".join(row)}'
         )
-    answers = (as_messages(row.get(name), "assistant") for name in ("chosen", "rejected"))
-    return PairRow(as_messages(prompt, "user"), *answers)
+    turns = with_system(as_messages(prompt, "user"), row.get("system"))
+    return PairRow(turns, *(as_messages(answer, "assistant") for answer in answers))
+
+
+def parse_pair_columns(row: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Return the prompt of a row, None if it has none, and its two answers, as they stand in it."""
+    column = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), "prompt")
+    prompt = parse_turns(with_input(row.get(column), row))
+    if row.get("rejected_response") is None:
+        chosen, rejected = (parse_turns(row.get(name)) for name in ("chosen", "rejected"))
+    else:
+        chosen, rejected = row.get("response"), row["rejected_response"]
+        if chosen is None and isinstance(prompt, list):  # the messages end with the better answer
+            prompt, chosen = prompt[:-1], prompt[-1:]
+    return prompt, chosen, rejected
 
 
 def whole_conversation(answer: object, prompt: object) -> list[Any]:

@@ -205,9 +205,10 @@ def render_prompts(
     max_new_tokens = args.max_new_tokens or DEFAULT_NEW_TOKENS
     prompts = []
     for i, problem in enumerate(problems):
-        turns = build_messages(problem.question, system=args.system or problem.system)
+        turns = problem.messages(args.system)
         examples = draw_examples(name, problem, args.num_fewshot or 0, f"{args.seed} {i}")
-        prompts.append(policy.chat.render_prompt([*turns[:-1], *examples, turns[-1]]))
+        start = int(turns[0]["role"] == "system")
+        prompts.append(policy.chat.render_prompt([*turns[:start], *examples, *turns[start:]]))
     return truncate_prompts(policy.model, prompts, max_new_tokens, name, args.truncate)
 
 
@@ -216,13 +217,14 @@ def draw_examples(name: str, problem: Problem, n: int, seed: str) -> list[dict]:
     if not n:
         return []
     pool = held_out_problems(name) if name not in TASKS else get_task(name).problems[0]
-    others = [p for p in pool if p.question != problem.question]
+    others = [p for p in pool if p.transcript != problem.transcript]
     if problem.cases or len(others) < n:
         have = "no worked solutions" if problem.cases else f"{len(others)} other problems"
         raise UserError(f"--num-fewshot {n}: {name} has {have}: lower it to 0 or add problems")
     turns = []
     for example in random.Random(seed).sample(others, n):
-        turns += build_messages(example.question, f"The answer is \\boxed{{{example.answer}}}.")
+        answer = f"The answer is \\boxed{{{example.answer}}}."
+        turns += [*example.history, *build_messages(example.question, answer)]
     return turns
 
 

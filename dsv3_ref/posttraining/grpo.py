@@ -30,7 +30,6 @@ from dsv3_ref.posttraining.policy import Policy, as_transformer, check_prompt_le
 from dsv3_ref.posttraining.prompts import (
     TASKS,
     Problem,
-    build_messages,
     fingerprint_task,
     get_task,
     parse_weights,
@@ -312,7 +311,7 @@ class RewardFn:
             return []
         if self.votes:
             assert self.voter is not None
-            answers = [(rollout.problem.question, rollout.text) for rollout in rollouts]
+            answers = [(rollout.problem.transcript, rollout.text) for rollout in rollouts]
             return vote_reward(self.voter.sample_votes(answers, self.votes), self.votes).tolist()
         assert self.model is not None
         samples = [rollout.prompt + rollout.tokens for rollout in rollouts]
@@ -450,10 +449,7 @@ class GRPOTask:
         for name in run.data.names:
             if name not in TASKS:
                 train, held_out = get_task(name).problems
-                prompts = [
-                    policy.chat.render_prompt(build_messages(p.question, system=system or p.system))
-                    for p in train + held_out
-                ]
+                prompts = [policy.chat.render_prompt(p.messages(system)) for p in train + held_out]
                 check_prompt_length(policy.model, prompts, self.config.max_new_tokens)
 
     # ── Rollouts ──
@@ -473,7 +469,7 @@ class GRPOTask:
     ) -> list[Rollout]:
         """Sample completions of each problem and reward them, in this process."""
         model, config = as_transformer(run.strategy.model), self.config
-        prompts = [build_messages(p.question, system=config.system or p.system) for p in problems]
+        prompts = [problem.messages(config.system) for problem in problems]
         assert run.data.chat is not None  # `build_data` sets it
         policy = Policy(model, run.data.chat, self.engines or self.vllm)
         completions = policy.generate(prompts, num_generations, config.max_new_tokens, temperature)

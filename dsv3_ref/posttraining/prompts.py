@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files
 from dsv3_ref.data.fingerprint import fingerprint_rows
-from dsv3_ref.data.row_formats import check_media
+from dsv3_ref.data.messages import Message, normalize_messages
+from dsv3_ref.data.row_formats import check_media, parse_turns
 from dsv3_ref.rewards import extract_boxed, extract_code
 from dsv3_ref.verifiers import answers
 from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase, count_passed
@@ -36,6 +37,18 @@ class Problem:
     entry: dict = field(default_factory=dict, compare=False)
     cases: tuple[StdinCase | FunctionCase, ...] = ()
     system: str = ""  # system prompt of a row of a file
+    history: tuple[Message, ...] = ()  # turns of a row between its system prompt and its question
+
+    def messages(self, system: str = "") -> list[Message]:
+        """Return the conversation to answer; `system` takes the place of its own system prompt."""
+        own = build_messages("", system=system or self.system)
+        return [*own, *self.history, *build_messages(self.question)]
+
+    @property
+    def transcript(self) -> str:
+        """The question, after the speakers and texts of the turns before it if there are any."""
+        turns = [f"{turn['role']}: {turn.get('content', '')}" for turn in self.history]
+        return "\n".join([*turns, f"user: {self.question}"]) if turns else self.question
 
 
 def build_messages(question: str, response: str | None = None, system: str = "") -> list[dict]:
@@ -186,7 +199,7 @@ class SpeechTask:
 # ── Tasks from files ──
 
 # Columns in which data sets keep a question and its right answer; the first that a row has counts.
-QUESTION_COLUMNS = "question", "problem", "prompt"
+QUESTION_COLUMNS = "question", "problem", "prompt", "query", "messages"
 SHOWN_COLUMNS = "choices", "options", "context", "passage"
 ANSWER_COLUMNS = "ground_truth", "final_answer", "answer", "reward_model", "solution"
 MAX_ANSWER_CHARS = 200  # of an answer that a model can be expected to box
@@ -195,9 +208,9 @@ MAX_ANSWER_CHARS = 200  # of an answer that a model can be expected to box
 class FileTask:
     r"""Problems of a file or another source of rows; invalid rows are reported and left out.
 
-    A row has a question (QUESTION_COLUMNS: a text, or messages with one user turn) and, if answers
-    can be right, an answer (ANSWER_COLUMNS) that the one box must equal, or "cases" that the
-    program must all pass, each {"stdin": text, "expected": text} or {"function": name, "args":
+    A row has a question (QUESTION_COLUMNS: a text, or a conversation up to its last user turn) and,
+    if answers can be right, an answer (ANSWER_COLUMNS) that the one box must equal, or "cases" that
+    the program must all pass, each {"stdin": text, "expected": text} or {"function": name, "args":
     list, "expected": value}. Of a worked solution, the answer is what follows its last `####`, or
     its last `\boxed{…}`. All rows of a file are of one kind.
     """
@@ -240,7 +253,7 @@ class FileTask:
     @cached_property
     def problems(self) -> tuple[list[Problem], list[Problem]]:
         """Problems to train on, and a quarter that is held out; no question is in both."""
-        problems = list({p.question: p for p in self.rows}.values())
+        problems = list({p.transcript: p for p in self.rows}.values())
         if len(problems) < MIN_PROBLEMS:
             raise UserError(
                 f"{self.name} has {len(problems)} problems: give at least {MIN_PROBLEMS}, "
@@ -266,14 +279,16 @@ def parse_problem(name: str, row: object) -> Problem:
     """Parse a row of a file; raise a `UserError` if it is malformed."""
     if not isinstance(row, dict):
         raise UserError('its "question" is missing or not a string: write {"question": string, …}')
-    system, question = parse_question(row)
+    turns = parse_question(row)
+    system = turns.pop(0)["content"] if turns[0]["role"] == "system" else ""
+    question = turns.pop()["content"]
     answer, cases = parse_answer(row), row.get("cases")
     if cases is not None and (not isinstance(cases, list) or not cases):
         raise UserError('its "cases" are not a list with test cases: write [{…}, …]')
     if cases is not None and answer:
         raise UserError('it has both an "answer" and "cases": keep one of them')
     test_cases = tuple(map(parse_case, cases or ()))
-    return Problem(name, question, answer, cases=test_cases, system=system)
+    return Problem(name, question, answer, cases=test_cases, system=system, history=tuple(turns))
 
 
 def used_columns(row: dict) -> tuple[str, str]:
@@ -282,24 +297,26 @@ def used_columns(row: dict) -> tuple[str, str]:
     return question, next((c for c in ANSWER_COLUMNS if row.get(c) is not None), "")
 
 
-def parse_question(row: dict) -> tuple[str, str]:
-    """Return the system prompt, "" if there is none, and the question of a row."""
+def parse_question(row: dict) -> list[Message]:
+    """Return the conversation of a row, which ends with its question.
+
+    Answers after the last user turn are left out.
+    """
     column, _ = used_columns(row)
-    question, system = row.get(column), ""
-    if isinstance(question, list):
-        match question:
-            case [{"role": "system", "content": str(system)}, {"role": "user", "content": text}]:
-                question = text
-            case [{"role": "user", "content": text}]:
-                question = text
-            case _:
-                raise UserError(f'its "{column}" is not one user turn: write the question alone')
-    if not is_nonempty_text(question):
+    value = parse_turns(row.get(column))
+    if is_nonempty_text(value):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list):
         raise UserError(
             f'its "{column}" is missing or not a string: write {{"question": string, …}}'
         )
-    check_shown(row, str(question))
-    return system, str(question)
+    turns = normalize_messages(value, lambda name: True)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] != "user" or not is_nonempty_text(turns[-1].get("content")):
+        raise UserError(f'its "{column}" does not end with a user\'s turn: write a question there')
+    check_shown(row, "\n".join(turn.get("content", "") for turn in turns))
+    return turns
 
 
 def check_shown(row: dict, question: str) -> None:

@@ -56,6 +56,9 @@ ROWS = {
     "roles under conversations": {"conversations": [SYSTEM, ASK, TELL]},
     "alpaca": {"instruction": "ask", "input": "", "output": "tell", "system": "be brief"},
     "prompt and completion": {"prompt": [SYSTEM, ASK], "completion": [TELL]},
+    "JSON in both columns": {"prompt": json.dumps([SYSTEM, ASK]), "completion": "tell"},
+    # modelscope/ms-swift #1922 is about rows of this form
+    "ms-swift": {"query": "ask", "response": "tell", "system": "be brief", "history": []},
     "developer": {"messages": [SYSTEM | {"role": "developer"}, ASK, TELL]},
     "parts": {"messages": [
         SYSTEM, ASK | {"content": [{"type": "text", "text": "as"}, {"type": "text", "text": "k"}]},
@@ -150,6 +153,18 @@ PAIRS = {
     "one text": {
         "chosen": "\n\nHuman: ask\n\nAssistant: a", "rejected": "\n\nHuman: ask\n\nAssistant: b",
     },
+    # modelscope/ms-swift #1922 and #2399: its own columns, old and new
+    "ms-swift": {"query": "ask", "response": "a", "rejected_response": "b", "history": None},
+    "ms-swift's messages": {
+        "messages": [ASK, {"role": "assistant", "content": "a"}], "rejected_response": "b",
+    },
+    "LLaMA-Factory": {
+        "conversations": [{"from": "human", "value": "ask"}],
+        "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"},
+    },
+    "Alpaca": {"instruction": "ask", "input": "", "chosen": "a", "rejected": "b"},
+    "a question": {"system": "", "question": "ask", "chosen": "a", "rejected": "b"},
+    "JSON of a CSV file": {"prompt": json.dumps([ASK]), "chosen": "a", "rejected": "b"},
     "equal answers": {
         "prompt": [ASK], "chosen": "a", "rejected": "b", "score_chosen": 8.0, "id": 3,
     },
@@ -164,6 +179,17 @@ def test_every_form_of_a_pair_is_a_prompt_with_two_answers(name, tmp_path):
     pairs = read_pairs(str(path), OWN, PairFormat(100))
     want = tuple(OWN.render([ASK, TELL | {"content": answer}]) for answer in "ab")
     assert [tuple([t & TOKEN for t in sample] for sample in pair) for pair in pairs] == [want] * 2
+
+
+def test_a_pair_has_the_system_text_and_the_input_of_its_row():
+    row = {"system": "be brief", "instruction": "ask", "input": "x", "chosen": "a", "rejected": "b"}
+    assert parse_pair(row).prompt == [SYSTEM, ASK | {"content": "ask\n\nx"}]
+    chosen, rejected = [ASK, TELL], [ASK, TELL | {"content": "other"}]
+    row = {"system": "be brief", "chosen": chosen, "rejected": rejected}
+    assert parse_pair(row).prompt == [SYSTEM, ASK]
+    row = {"prompt": "[{'role': 'user', 'content': 'ask'}]", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match="as Python prints them: write JSON"):
+        parse_pair(row)
 
 
 BAD_ROWS = {

@@ -336,6 +336,17 @@ def test_what_is_not_data_is_refused_by_a_sentence(name, raw, sentence, tmp_path
         assert "\n" not in str(raised.value)
 
 
+def test_rows_of_a_list_in_one_line_are_named_by_number(tmp_path):
+    """huggingface/datasets #7322: json.dump writes a list without line ends, so all is line 1."""
+    path = tmp_path / "a.json"
+    for indent, places in ((None, ["row 2", "row 4"]), (1, ["line 5", "line 11"])):
+        path.write_text(json.dumps([{"text": "a"}, {"text": 5}, {"text": "b"}, 7], indent=indent))
+        warnings: list[str] = []
+        assert len(list(open_source(str(path), streaming=True, warn=warnings.append))) == 2
+        named = [x.split(" is left out")[0] for x in warnings if " is left out" in x]
+        assert named == [f"{path}, {place}" for place in places]
+
+
 def test_another_column(tmp_path):
     """Data of others has `content`, `body`, `sentence`: TRL has dataset_text_field for it."""
     name = write(tmp_path / "a.jsonl", b'{"body": "a", "text": "b"}\n')

@@ -278,8 +278,8 @@ def test_a_right_answer_to_a_row_earns_1(name, tmp_path):
         ({"question": "a", "answer": ""}, '"answer" is not a string or a number, or is empty'),
         ({"question": "a", "answer": ["1"]}, '"answer" is not a string or a number'),
         ({"problem": "a", "solution": "So it is. " * 30}, '"solution" has no final answer'),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-         '"prompt" is not one user turn'),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+         '"prompt" does not end with a user\'s turn'),
         ({"text": "a"}, '"question" is missing'),
     ],
 )  # fmt: skip

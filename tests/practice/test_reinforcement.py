@@ -12,7 +12,7 @@ from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.posttraining import policy
 from dsv3_ref.posttraining.grpo import Rollout, RewardFn
 from dsv3_ref.posttraining.policy import Policy
-from dsv3_ref.posttraining.prompts import TASKS, FileTask, Problem, parse_problem
+from dsv3_ref.posttraining.prompts import TASKS, FileTask, Problem, build_messages, parse_problem
 from dsv3_ref.rewards import extract_boxed, has_think_format
 
 QUESTIONS = [f"a fine day {i}?" for i in range(8)]
@@ -43,11 +43,18 @@ def asked(tmp_path, monkeypatch):
     return prompts
 
 
+def talk(question: str) -> list[dict]:
+    """A conversation that ends with a question."""
+    return [*build_messages("hello", "a fine day"), {"role": "user", "content": question}]
+
+
 # TRL's prompt-only rows (huggingface/trl #3644 is about what became of such prompts)
 ROWS = {
     "a text": lambda q: {"prompt": q},
     "a conversation": lambda q: {"prompt": [{"role": "user", "content": q}]},
     "with a system text": lambda q: {"prompt": [SYSTEM, {"role": "user", "content": q}]},
+    # huggingface/trl #1777 is about such rows
+    "several turns": lambda q: {"prompt": [SYSTEM, *talk(q)]},
 }
 
 
@@ -78,6 +85,47 @@ def test_prompts_have_the_form_of_the_directory(kind, home, asked, tmp_path, cap
     assert "n 8" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param({"prompt": talk("b")}, id="turns"),
+        pytest.param({"messages": [*talk("b"), *build_messages("", "7")]}, id="an answer"),
+        pytest.param({"prompt": json.dumps(talk("b"))}, id="JSON of a CSV file"),
+        pytest.param(
+            {"prompt": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "a fine day"},
+                        {"from": "human", "value": "b"}]}, id="ShareGPT",
+        ),
+    ],
+)  # fmt: skip
+def test_a_conversation_up_to_its_last_user_turn_is_the_prompt(row):
+    """modelscope/ms-swift #5087: rows of conversations, whose last turn is the question."""
+    problem = parse_problem("x", row | {"answer": "7"})
+    assert problem.messages() == talk("b") and problem.question == "b"
+    assert problem.messages("think") == [SYSTEM, *talk("b")]
+    assert problem.transcript == "user: hello\nassistant: a fine day\nuser: b"
+
+
+def test_a_question_is_told_apart_by_the_turns_before_it(tmp_path):
+    """Questions such as “Are you sure?” are many problems; one with two system prompts is one."""
+    rows = [{"prompt": [*build_messages(f"{i}?", "a"), *build_messages("so?")]} for i in range(9)]
+    rows.append({"prompt": [SYSTEM, *rows[0]["prompt"]]})
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(x | {"answer": "1"}) for x in rows))
+    warnings: list[str] = []
+    train, held_out = FileTask(str(tmp_path / "a.jsonl"), warnings.append).problems
+    assert len(train) + len(held_out) == 9
+    assert any("1 rows repeat a question" in warning for warning in warnings)
+
+
+def test_examples_come_before_the_whole_conversation(home, asked, tmp_path):
+    rows = [{"prompt": [SYSTEM, *talk(q)], "answer": "7"} for q in QUESTIONS[:2]]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["eval", str(home), "--tasks", str(tmp_path / "a.jsonl"), "--samples", "1"]
+    assert main([*argv, "--num-fewshot", "1", "--max-new-tokens", "2"]) == 0
+    turns = [SYSTEM, *talk(QUESTIONS[1]), *build_messages("", r"The answer is \boxed{7}.")]
+    right = ChatTemplate.from_dir(home).render_prompt([*turns, *talk(QUESTIONS[0])])
+    assert asked[0] == right
+
+
 def test_rows_without_answers_are_judged(home, asked, tmp_path, capsys):
     data = write_rows(tmp_path / "rows.jsonl", ROWS["a conversation"])
     argv = ["rl", "--init", str(home), "--tasks", data, "--out", str(tmp_path / "run"), *RL]
@@ -91,13 +139,14 @@ def test_rows_without_answers_are_judged(home, asked, tmp_path, capsys):
 @pytest.mark.parametrize(
     "prompt",
     [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "assistant", "content": "b"}], [], "", None, 5, [{"role": "user"}],
+        [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], ["a"],
+        "[{'role': 'user', 'content': 'a'}]",  # modelscope/ms-swift #5087: lists in a CSV file
     ],
     ids=str,
 )  # fmt: skip
 def test_prompts_that_are_no_question_are_left_out(prompt):
-    with pytest.raises(UserError, match="write"):
+    with pytest.raises(UserError, match="write|needs a question"):
         parse_problem("x", {"prompt": prompt, "answer": "1"})
 
 
