@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_ref.config import Config
+from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.decode import Decoder
+from dsv3_ref.mla import attention, concat_nope_rope, up_project_kv
 from dsv3_ref.model import Transformer
+from dsv3_ref.ops import recompute
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_cos_sin
 
@@ -191,3 +193,62 @@ def cache_bytes(
     """Return the bytes of a cache of `tokens` tokens in all layers; `kv_heads=None` is MLA."""
     numbers = kv_cache_numbers_per_token(config, kv_heads)
     return config.n_layers * tokens * numbers * bytes_per_number
+
+
+# ── One sequence on several GPUs ──
+
+
+def zigzag_chunks(s: int, num_ranks: int, rank: int) -> tuple[range, range]:
+    """Return the positions of a rank: chunks r and 2·R − 1 − r of 2·R.
+
+    The last chunks are shorter than the others, or empty, if 2·R does not divide s.
+    """
+    n = ceil_div(s, 2 * num_ranks)
+    low, high = (
+        range(min(s, i * n), min(s, (i + 1) * n)) for i in (rank, 2 * num_ranks - 1 - rank)
+    )
+    return low, high
+
+
+def merge_zigzag(parts_rbsx: Tensor) -> Tensor:
+    """Bring the tokens of all ranks into their order: (R, b, 2·n, x) → (b, 2·R·n, x)."""
+    low_rbnx, high_rbnx = parts_rbsx.chunk(2, dim=2)
+    return torch.cat((*low_rbnx, *high_rbnx.flip(0)), dim=1)
+
+
+class Span(NamedTuple):
+    """Consecutive queries of one sample, and the keys that they see."""
+
+    first_key: int
+    first_query: int
+    end: int  # of queries and keys
+
+
+def query_spans(chunks: Sequence[range], bounds: Sequence[int]) -> list[Span]:
+    """Return the spans of a rank's chunks; `bounds`: 0 and the end of each sample in the row."""
+    spans = []
+    for chunk in chunks:
+        for first, end in pairwise(bounds):
+            a, b = max(first, chunk.start), min(end, chunk.stop)
+            if a < b:
+                spans.append(Span(first, a, b))
+    return spans
+
+
+def attend_spans(
+    q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float,
+    spans: Sequence[Span],
+) -> Tensor:  # fmt: skip
+    """Compute the rows of `attend_expanded` that belong to a rank's queries, (b, s, h, v).
+
+    q_bshi, q_bshr: the queries of the spans. c_btc, k_btr: the latents and rotary keys of all
+    tokens. The queries of a span are the last of its positions, as `attention` expects.
+    """
+    h, i = q_bshi.shape[2:]
+    q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
+    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, h, i)
+    outputs = [v_bthv[:, :0]]  # for a rank without tokens
+    parts = q_bshx.split([span.end - span.first_query for span in spans], dim=1)
+    for part_bshx, (first, _, end) in zip(parts, spans):
+        outputs.append(attention(part_bshx, k_bthx[:, first:end], v_bthv[:, first:end], scale))
+    return torch.cat(outputs, dim=1)

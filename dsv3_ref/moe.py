@@ -114,6 +114,21 @@ def update_expert_bias(bias_e: Tensor, load_e: Tensor, gamma: float) -> None:
 # ── A small loss, per sequence ──
 
 
+def tokens_per_sequence_and_expert(topk_ids_bsk: Tensor, scores_bse: Tensor) -> Tensor:
+    """Count the tokens of each sequence that chose each expert, (b, e), in the dtype of scores."""
+    return torch.zeros_like(scores_bse).scatter(-1, topk_ids_bsk, 1.0).sum(1)
+
+
+def balance_of_load(load_be: Tensor, scores_bse: Tensor, t: int) -> Tensor:
+    """Compute Σ_e f_e·P_e over sequences of t tokens with these loads, averaged over the batch.
+
+    scores_bse: of all t tokens, or of a part of them, which returns the part of the sum.
+    """
+    f_be = load_be * scores_bse.shape[-1] / load_be.sum(-1, keepdim=True)
+    p_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).sum(1) / t
+    return (f_be * p_be).sum(-1).mean()
+
+
 def balance_loss(routing: Route, over: Literal["sequence", "batch"] = "sequence") -> Tensor:
     """Compute Σ_e f_e·P_e of each sequence, averaged over the batch (eq. 17–20 without α).
 
@@ -122,11 +137,8 @@ def balance_loss(routing: Route, over: Literal["sequence", "batch"] = "sequence"
     topk_ids_bsk, scores_bse = routing.topk_ids_bsk, routing.scores_bse
     if over == "batch":
         topk_ids_bsk, scores_bse = (x.flatten(0, 1)[None] for x in (topk_ids_bsk, scores_bse))
-    (_, t, k), e = topk_ids_bsk.shape, scores_bse.shape[-1]
-    chosen_bse = torch.zeros_like(scores_bse).scatter(-1, topk_ids_bsk, 1.0)
-    f_be = chosen_bse.sum(1) * e / (k * t)
-    p_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
-    return (f_be * p_be).sum(-1).mean()
+    load_be = tokens_per_sequence_and_expert(topk_ids_bsk, scores_bse)
+    return balance_of_load(load_be, scores_bse, topk_ids_bsk.shape[1])
 
 
 # ── Many experts, one product ──

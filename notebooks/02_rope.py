@@ -28,7 +28,7 @@
 # %%
 #| export
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -399,11 +399,12 @@ def to_cu_seqlens(lengths: Sequence[int], device: torch.device | str | None = No
 
 
 class Rope(NamedTuple):
-    """Rotations of a layer's input positions, and the bounds of packed samples."""
+    """Rotations of a layer's input positions, and which keys they may attend to."""
 
     cos: Tensor  # (s, r/2), float32
     sin: Tensor
     cu_seqlens: Tensor | None = None  # (m + 1,): 0 and where each of m samples ends, if packed
+    attend: Callable[..., Tensor] | None = None  # if keys are on other ranks, too (chapter 13)
 
     @classmethod
     def from_positions(cls, config: Config, position_s: Tensor) -> "Rope":

@@ -517,7 +517,12 @@ class MLA(nn.Module):
         decoding = cache is not None and x_bsd.shape[1] == 1
         absorb = decoding if self.absorb is None else self.absorb
         inputs = q_bshi, q_bshr, c_btc, k_btr, self.wkv_b.weight, softmax_scale(c)
-        o_bshv = attend_absorbed(*inputs) if absorb else attend_expanded(*inputs, rope.cu_seqlens)
+        if rope.attend:
+            o_bshv = rope.attend(*inputs)
+        elif absorb:
+            o_bshv = attend_absorbed(*inputs)
+        else:
+            o_bshv = attend_expanded(*inputs, rope.cu_seqlens)
         return self.wo(rearrange(o_bshv, "b s h v -> b s (h v)"))  # eq. 11
 
 

@@ -36,9 +36,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_ref.config import Config
+from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.decode import Decoder
+from dsv3_ref.mla import attention, concat_nope_rope, up_project_kv
 from dsv3_ref.model import Transformer
+from dsv3_ref.ops import recompute
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_cos_sin
 
@@ -47,7 +49,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref.config import TINY, V3, count_params
-from dsv3_ref.mla import LayerKVCache
+from dsv3_ref.mla import LayerKVCache, attend_expanded
 from dsv3_ref.rope import softmax_scale
 from dsv3_ref.viz import BLUE, COLORS, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 from dsv3_ref.viz.ablation import load_result
@@ -449,6 +451,109 @@ ax.set_xticks(chunks, chunks)
 ax.minorticks_off()
 ax.set_title("The same hidden states from a fraction of the memory")
 show(fig)
+
+# %% [markdown]
+# ## One sequence on several GPUs
+# Training needs all activations of a sequence at once. In *context parallelism* (CP), the ranks of a group hold
+# different tokens of the same sequence. All layers but attention treat tokens one by one, so each rank computes them for its own tokens. In
+# attention a query needs the keys and values of all earlier tokens, on whichever rank they are. For MLA they follow from
+# the latent and the rotary key, 576 numbers per token instead of $128\cdot320$: an **all-gather of latents** moves
+# 1.4 % of what an all-gather of keys and values would. Each rank then computes keys and values itself.
+#
+# The first tokens have few keys and the last ones many. If rank $r$ of $R$ took the $r$-th of $R$ parts, the last rank would
+# compute almost twice the mean. Rank $r$ takes chunks $r$ and $2R-1-r$ of $2R$ instead, a *zig-zag*: every rank then has
+# equally many pairs of query and key.
+
+
+# %%
+#| export
+def zigzag_chunks(s: int, num_ranks: int, rank: int) -> tuple[range, range]:
+    """Return the positions of a rank: chunks r and 2·R − 1 − r of 2·R.
+
+    The last chunks are shorter than the others, or empty, if 2·R does not divide s.
+    """
+    n = ceil_div(s, 2 * num_ranks)
+    low, high = (
+        range(min(s, i * n), min(s, (i + 1) * n)) for i in (rank, 2 * num_ranks - 1 - rank)
+    )
+    return low, high
+
+
+def merge_zigzag(parts_rbsx: Tensor) -> Tensor:
+    """Bring the tokens of all ranks into their order: (R, b, 2·n, x) → (b, 2·R·n, x)."""
+    low_rbnx, high_rbnx = parts_rbsx.chunk(2, dim=2)
+    return torch.cat((*low_rbnx, *high_rbnx.flip(0)), dim=1)
+
+
+class Span(NamedTuple):
+    """Consecutive queries of one sample, and the keys that they see."""
+
+    first_key: int
+    first_query: int
+    end: int  # of queries and keys
+
+
+def query_spans(chunks: Sequence[range], bounds: Sequence[int]) -> list[Span]:
+    """Return the spans of a rank's chunks; `bounds`: 0 and the end of each sample in the row."""
+    spans = []
+    for chunk in chunks:
+        for first, end in pairwise(bounds):
+            a, b = max(first, chunk.start), min(end, chunk.stop)
+            if a < b:
+                spans.append(Span(first, a, b))
+    return spans
+
+
+def attend_spans(
+    q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float,
+    spans: Sequence[Span],
+) -> Tensor:  # fmt: skip
+    """Compute the rows of `attend_expanded` that belong to a rank's queries, (b, s, h, v).
+
+    q_bshi, q_bshr: the queries of the spans. c_btc, k_btr: the latents and rotary keys of all
+    tokens. The queries of a span are the last of its positions, as `attention` expects.
+    """
+    h, i = q_bshi.shape[2:]
+    q_bshx = recompute(concat_nope_rope, q_bshi, q_bshr)
+    k_bthx, v_bthv = recompute(up_project_kv, c_btc, k_btr, wkv_b, h, i)
+    outputs = [v_bthv[:, :0]]  # for a rank without tokens
+    parts = q_bshx.split([span.end - span.first_query for span in spans], dim=1)
+    for part_bshx, (first, _, end) in zip(parts, spans):
+        outputs.append(attention(part_bshx, k_bthx[:, first:end], v_bthv[:, first:end], scale))
+    return torch.cat(outputs, dim=1)
+
+
+# %% [markdown]
+# Check: the rows that the ranks compute are those of one rank with all tokens, also for packed samples that end anywhere.
+# And the work, in pairs of query and key, is the same on all ranks.
+
+# %%
+s, ranks = 24, 3
+q_bshi, q_bshr = torch.randn(1, s, 4, 8), torch.randn(1, s, 4, 6)
+keys = torch.randn(1, s, 10), torch.randn(1, s, 6), torch.randn(4 * (8 + 5), 10)  # c, k, W
+for bounds in ([0, s], [0, 5, 6, 17, s]):
+    parts = []
+    for rank in range(ranks):
+        chunks = zigzag_chunks(s, ranks, rank)
+        own = [*chunks[0], *chunks[1]]
+        spans = query_spans(chunks, bounds)
+        parts.append(attend_spans(q_bshi[:, own], q_bshr[:, own], *keys, 0.3, spans))
+    want = attend_expanded(q_bshi, q_bshr, *keys, 0.3, torch.tensor(bounds))
+    got = merge_zigzag(torch.stack(parts).flatten(3)).view_as(want)
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def num_pairs(chunks: Sequence[range]) -> int:
+    """Count pairs of a query in these chunks and a key that it sees."""
+    return sum(sum(chunk) + len(chunk) for chunk in chunks)
+
+
+zigzag = [num_pairs(zigzag_chunks(4096, 8, rank)) for rank in range(8)]
+in_order = [num_pairs([range(512 * rank, 512 * (rank + 1))]) for rank in range(8)]
+print("busiest of 8 ranks over the mean:",
+      ", ".join(f"{name} {max(n) * 8 / sum(n):.2f}"
+                for name, n in (("in order", in_order), ("zig-zag", zigzag))))  # fmt: skip
+assert max(zigzag) == min(zigzag)
 
 # %% [markdown]
 # ## Experiment: 256, 2,048, 8,192

@@ -106,14 +106,14 @@ class ParallelEngine:
     def is_first_holder(self, name: str) -> bool:
         """Return whether this rank is the first of those that hold a dense parameter or buffer."""
         owners = owning_ranks(name, self.config, self.stages_by_rank)
-        return self.mesh.data_rank == 0 and self.mesh.pp_rank == owners[0]
+        return self.mesh.pipeline_ranks()[0] == 0 and self.mesh.pp_rank == owners[0]
 
     # ── A step ──
 
     def global_loss_weight(self, rows: RowBatch) -> int:
         """Return the weight of a global batch from the rows of each pipeline."""
         own = self.pipeline.objective.loss_weight(rows)
-        return round(self.all_reduce_sum(own)[0]) // self.mesh.pp
+        return round(self.all_reduce_sum(own)[0]) // (self.mesh.pp * self.mesh.cp)
 
     def train_step(
         self, rows: LocalRows | RowBatch | Tensor, recipe: TrainingRecipe, lr: float, gamma: float,

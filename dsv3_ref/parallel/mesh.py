@@ -34,18 +34,22 @@ def resolve_parallel_dims(
 class MeshLayout:
     """The coordinates of a rank, rank = (pp·DP + dp)·EP + ep, and the ranks of its groups.
 
-    An expert group is EP neighboring ranks, so it spans as few nodes as possible. Every (dp, ep)
-    coordinate trains on its own rows of a batch; `data_rank` is its number. The groups depend on
-    nothing but these numbers, so `dsv3 plan` counts them without any process.
+    An expert group is EP neighboring ranks, so it spans as few nodes as possible. Groups of CP
+    neighbors among the DP·EP ranks of a pipeline rank share rows of a batch and divide their
+    tokens; `data_rank` is the number of such a group. cp adds no ranks to the world: for the
+    dispatch to experts its ranks have different tokens, and the sums of gradients over dp × ep
+    include them. The groups depend on nothing but these numbers, so `dsv3 plan` counts them
+    without any process.
     """
 
-    def __init__(self, pp: int, dp: int, ep: int, rank: int):
+    def __init__(self, pp: int, dp: int, ep: int, rank: int, cp: int = 1):
         self.pp, self.dp = pp, dp
-        self.ep = ep
+        self.ep, self.cp = ep, cp
         self.rank, self.world = rank, pp * dp * ep
-        self.pp_rank, self.data_rank = divmod(rank, dp * ep)
-        self.dp_rank, self.ep_rank = divmod(self.data_rank, ep)
-        self.data_size = dp * ep
+        self.pp_rank, place = divmod(rank, dp * ep)
+        self.dp_rank, self.ep_rank = divmod(place, ep)
+        self.data_rank, self.cp_rank = divmod(place, cp)
+        self.data_size = dp * ep // cp
 
     def rank_of(self, p: int, d: int | None = None, e: int | None = None) -> int:
         """Return the rank at a coordinate; d and e default to this rank's own pipeline."""
@@ -86,6 +90,11 @@ class MeshLayout:
         sets = range(place, self.ep, ranks_per_node), range(first, first + ranks_per_node)
         return [self.ranks_of([self.pp_rank], [self.dp_rank], ep_ranks) for ep_ranks in sets]
 
+    def context_ranks(self) -> list[int]:
+        """Return the ranks that share this rank's rows."""
+        first = self.rank - self.cp_rank
+        return list(range(first, first + self.cp))
+
     def reduce_ranks(self, owners: Iterable[Owners]) -> dict[tuple[Owners, bool], list[int]]:
         """Return the ranks of the groups in which this rank sums gradients.
 
@@ -112,6 +121,7 @@ class MeshLayout:
             "all ranks": 1,
             "neighbors": 2 * len(self.neighbors()),
             "experts": len(self.expert_ranks(ranks_per_node)) if self.ep > 1 else 0,
+            "context": int(self.cp > 1),
             "gradients": len(self.reduce_ranks(owners)),
         }
 
@@ -129,9 +139,10 @@ class Mesh(MeshLayout):
     """
 
     def __init__(
-        self, pp: int, dp: int, ep: int, device: torch.device, timeout: timedelta | None = None
-    ):
-        super().__init__(pp, dp, ep, dist.get_rank())
+        self, pp: int, dp: int, ep: int, device: torch.device, timeout: timedelta | None = None,
+        cp: int = 1,
+    ):  # fmt: skip
+        super().__init__(pp, dp, ep, dist.get_rank(), cp)
         assert self.world == dist.get_world_size(), "every rank belongs to the mesh"
         self.device, self.timeout = device, timeout
         self.open_communicator(None)
@@ -174,6 +185,11 @@ class Mesh(MeshLayout):
     def ep_group(self) -> dist.ProcessGroup:
         """The group of this rank's experts, created at its first use: a collective call."""
         return self.create_expert_groups()[0]
+
+    @cached_property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share rows, or None if each has its own; created at its first use."""
+        return self.create_open_group(self.context_ranks()) if self.cp > 1 else None
 
     def create_expert_groups(self, ranks_per_node: int = 0) -> list[dist.ProcessGroup]:
         """Return the group of this rank's experts, or [internode, intranode]; a collective call."""

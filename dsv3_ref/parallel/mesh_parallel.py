@@ -57,7 +57,7 @@ READER_FAILED = 1 << 16  # in place of the number of a signal
 class MeshParallel:
     """A strategy on a mesh (pp × dp × ep) that shards stages, experts and optimizer states.
 
-    Every rank reads the rows of its pipeline.
+    Every rank reads the rows of its pipeline, which the ranks of a cp group share.
     """
 
     dp_size, saves_async = 1, True
@@ -67,7 +67,7 @@ class MeshParallel:
             dist.get_world_size(), config.pp, config.ep, config.dp or None
         )
         self.config, self.device = config, device
-        self.mesh = Mesh(*sizes, device, collective_timeout(config.hang_timeout))
+        self.mesh = Mesh(*sizes, device, collective_timeout(config.hang_timeout), config.cp)
         self.cpu_group = dist.new_group(timeout=self.mesh.timeout, backend="gloo")
         self.rows_are_ready = False  # all ranks have read the rows of the next step
         self.is_main = dist.get_rank() == 0
@@ -81,7 +81,8 @@ class MeshParallel:
     def description(self) -> str:
         """The sizes of the mesh and the device, for the run's first line."""
         m = self.mesh
-        return f"{m.world} ranks (pp {m.pp} × dp {m.dp} × ep {m.ep}) on {self.device.type}"
+        sizes = f"pp {m.pp} × dp {m.dp} × ep {m.ep}" + (f", cp {m.cp}" if m.cp > 1 else "")
+        return f"{m.world} ranks ({sizes}) on {self.device.type}"
 
     # ── Data and model ──
 

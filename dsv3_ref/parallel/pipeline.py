@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from dsv3_ref.dualpipe import (
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import residual_dtype
 from dsv3_ref.parallel.build import count_stages
+from dsv3_ref.parallel.context_parallel import SequencePart
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.rows import LocalRows
 from dsv3_ref.parallel.stage import (
@@ -64,17 +66,17 @@ def message_for(action: Action, last: int) -> Action | None:
 
 
 def send_order(
-    steps: list[list[Step]], last: int, rank_of: Callable[[Action], int], num_rows: list[int]
+    steps: list[list[Step]], last: int, rank_of: Callable[[Action], int], num_tokens: list[int]
 ) -> SendOrder:
     """Return the actions whose inputs a rank sends to another rank, in the order of sending.
 
-    rank_of: the rank of an action; num_rows: rows of each micro-batch. Empty ones are not sent.
+    rank_of: the rank of an action; num_tokens: of each micro-batch. Empty ones are not sent.
     """
     order: SendOrder = defaultdict(list)
     for source, rank_steps in enumerate(steps):
         for action in iter_actions([rank_steps]):
             consumer = consumer_of(action, last)
-            if consumer and rank_of(consumer) != source and num_rows[consumer.microbatch]:
+            if consumer and rank_of(consumer) != source and num_tokens[consumer.microbatch]:
                 order[source, rank_of(consumer)].append(consumer)
     return order
 
@@ -235,7 +237,8 @@ class Pipeline:
             own = batch.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
         if self.dispatcher and self.dispatcher.fixed:
             tokens_per_row = own.rows_bs.shape[1:].numel()
-            self.dispatcher.fixed.num_tokens = ceil_div(rows_per_pipeline, n) * tokens_per_row
+            tokens = ceil_div(rows_per_pipeline, n) * tokens_per_row
+            self.dispatcher.fixed.num_tokens = ceil_div(tokens, self.mesh.cp)
         return own.tensor_split(n)
 
     def shares(self, batch: RowBatch | LocalRows, microbatches: list[RowBatch]) -> list[float]:
@@ -317,10 +320,13 @@ class Pipeline:
         readout: Readout | None = None,
     ) -> list[MicroBatch]:  # fmt: skip
         """Return micro-batches of these rows, which add to the same sums."""
-        return [
-            MicroBatch(part, self.objective.model_input(part), weight, stats, readout)
-            for part, weight in zip(rows, weights, strict=True)
-        ]
+        microbatches = []
+        for part, weight in zip(rows, weights, strict=True):
+            model_input = self.objective.model_input(part)
+            s = model_input.tokens_bs.shape[1]
+            sequence = SequencePart(self.mesh.cp_group, s, model_input.cu_seqlens)
+            microbatches.append(MicroBatch(part, model_input, sequence, weight, stats, readout))
+        return microbatches
 
     def run_microbatches(self, microbatches: list[MicroBatch], training: bool) -> None:
         """Run all steps of this rank, or only the forward actions."""
@@ -341,9 +347,10 @@ class Pipeline:
             return rank_of_stage(self.schedule_name, pp, m, action.stage, action.microbatch)
 
         def shape_of(i: int) -> tuple[int, ...]:
-            return (*microbatches[i].model_input.tokens_bs.shape, self.config.dim)
+            return (*microbatches[i].shape, self.config.dim)
 
-        order = send_order(steps, self.last, rank_of, [len(batch.rows) for batch in microbatches])
+        num_tokens = [prod(batch.shape) for batch in microbatches]
+        order = send_order(steps, self.last, rank_of, num_tokens)
         receipts = find_receipts(steps, self.last, order, self.mesh.pp_rank)
         return P2PCommunicator(self.mesh, order, receipts, rank_of, shape_of, self.dtype)
 

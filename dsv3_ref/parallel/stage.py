@@ -1,7 +1,7 @@
 """A pipeline stage: the forward pass of some layers, in segments that a `Tape` backpropagates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -10,8 +10,16 @@ from torch import Tensor
 from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
 from dsv3_ref.model import Transformer
-from dsv3_ref.moe import GroupedExperts, MoE, Route, balance_loss, tokens_per_expert
-from dsv3_ref.ops import cross_entropy_and_grads
+from dsv3_ref.moe import (
+    GroupedExperts,
+    MoE,
+    Route,
+    balance_of_load,
+    tokens_per_expert,
+    tokens_per_sequence_and_expert,
+)
+from dsv3_ref.ops import cross_entropy_and_grads, linear_cross_entropy
+from dsv3_ref.parallel.context_parallel import SequencePart
 from dsv3_ref.parallel.tape import Steps, Tape
 from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
@@ -64,15 +72,22 @@ class LossStats:
 class MicroBatch:
     """A micro-batch in a stage: its rows, what the model reads of them, and the sums so far.
 
-    readout: computed by the last stage in place of the loss; its result becomes `output`.
+    sequence: the tokens of the input that this rank computes. readout: computed by the last stage
+    in place of the loss; its result becomes `output`.
     """
 
     rows: RowBatch
     model_input: ModelInput
+    sequence: SequencePart
     weights: LossWeights
     stats: LossStats
     readout: Readout | None = None
     output: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The sequences, and this rank's tokens of each."""
+        return len(self.model_input.tokens_bs), self.sequence.num_tokens
 
 
 class Stage:
@@ -95,12 +110,10 @@ class Stage:
 
         The last stage adds the losses to `batch.stats`.
         """
-        tokens_bs, cu_seqlens = batch.model_input
-        rope = self.rope(tokens_bs.shape[1], tokens_bs.device)
-        if cu_seqlens is not None:
-            rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
+        tokens_bs = batch.model_input.tokens_bs
+        rope = batch.sequence.rope(self.config, tokens_bs.device)
         if self.first:
-            x_bsd = tape.run(self.model.embed, tokens_bs)
+            x_bsd = tape.run(self.model.embed, batch.sequence.take(tokens_bs))
         assert x_bsd is not None, "only the first stage has no input"
         for i in self.layers:
             block = cast(Block, self.model.layers[str(i)])
@@ -109,22 +122,21 @@ class Stage:
             yield from self.losses(tape, x_bsd, batch)
         return x_bsd
 
-    def rope(self, s: int, device: torch.device) -> Rope:
-        """Return the rotations of the positions 0 … s − 1."""
-        return Rope.from_positions(self.config, torch.arange(s, device=device))
-
     def block(
         self, tape: Tape, name: str, block: Block, x_bsd: Tensor, rope: Rope,
         batch: MicroBatch,
     ) -> Steps[Tensor]:  # fmt: skip
         """Run `Block.forward` as one segment, or as segments around the dispatch of tokens."""
+        sequence = batch.sequence
         if not isinstance(block.ffn, MoE):
             return tape.run(lambda x: block(x, rope)[0], x_bsd)
         if self.token_dispatcher is None:
-            x_bsd, balance, expert = tape.run(lambda x: block_forward(block, x, rope), x_bsd)
+            x_bsd, balance, expert = tape.run(
+                lambda x: block_forward(block, x, rope, sequence), x_bsd
+            )
         else:
             x_bsd, u_nd, weight_nk, balance, expert = tape.run(
-                lambda x: attention_and_gate(block, x, rope), x_bsd
+                lambda x: attention_and_gate(block, x, rope, sequence), x_bsd
             )
             y_nd = yield from self.token_dispatcher.apply_experts(
                 tape, block.ffn.experts, u_nd, weight_nk, expert
@@ -145,12 +157,16 @@ class Stage:
             batch.output = batch.readout(h_bsd, head_wd, batch.rows)
             return
         share, objective = batch.weights.share, self.objective
-        if tape.training and isinstance(objective, CrossEntropyLoss):
+        if isinstance(objective, CrossEntropyLoss):
             mask_n, y_n = objective.targets(batch.rows)
+            share /= max(1, len(y_n))
+            mask_n, y_n = batch.sequence.take_targets(
+                mask_n, y_n, batch.model_input.tokens_bs.shape
+            )
             h_nd = h_bsd
             if mask_n is not None:
                 h_nd = tape.run(lambda h: h.flatten(0, 1)[mask_n], h_bsd)
-            value = self.add_cross_entropy(tape, h_nd, y_n, share / max(1, len(y_n)))
+            value = self.add_cross_entropy(tape, h_nd, y_n, share)
         else:
             value = self.add_loss(
                 tape, lambda h: objective.loss(h, head_wd, batch.rows), h_bsd, share
@@ -165,13 +181,16 @@ class Stage:
         n = max(1, tokens_bs.numel())
         weights, stats = batch.weights, batch.stats
         for k, module in enumerate(cast(list[MTP], list(self.model.mtp.values())), start=1):
-            next_bs, y_n = tokens_bs[:, k:], y_bs[:, k:].flatten()
+            ahead = replace(batch, sequence=batch.sequence.without_last(k))
+            next_bs, y_n = (ahead.sequence.take(x[:, k:]) for x in (tokens_bs, y_bs))
             x_bsd = tape.run(lambda h, m=module, t=next_bs: self.mtp_input(m, t, h), h_bsd)
-            rope = self.rope(next_bs.shape[1], tokens_bs.device)
+            rope = ahead.sequence.rope(self.config, tokens_bs.device)
             name = f"mtp.{k - 1}.block"
-            x_bsd = yield from self.block(tape, name, module.block, x_bsd, rope, batch)
+            x_bsd = yield from self.block(tape, name, module.block, x_bsd, rope, ahead)
             h_bsd = tape.run(module.norm, x_bsd)
-            value = self.add_cross_entropy(tape, h_bsd, y_n, weights.share / n, weights.mtp)
+            value = self.add_cross_entropy(
+                tape, h_bsd, y_n.flatten(), weights.share / n, weights.mtp
+            )
             stats.mtp[k] = stats.mtp.get(k, 0) + value
 
     def mtp_input(self, module: MTP, next_tokens_bs: Tensor, h_bsd: Tensor) -> Tensor:
@@ -207,6 +226,8 @@ class Stage:
         the head is added during this forward pass, by chunks of tokens.
         """
         head: Any = self.model.head.weight
+        if not tape.training:
+            return tape.run(lambda h: linear_cross_entropy(h, head, y_n), h.flatten(0, -2)) * share
         args = head, y_n, weight * share, head.main_grad
         nll, dh_nd = cross_entropy_and_grads(h.flatten(0, -2), *args)
         tape.add_grad(h, dh_nd.view_as(h))
@@ -216,24 +237,33 @@ class Stage:
 # ── Segments of a block with experts ──
 
 
-def balance_loss_or_zero(route: Route) -> Tensor:
-    """Return `balance_loss`, or 0 (with an autograd graph) if there are no rows."""
-    return balance_loss(route) if route.topk_ids_bsk.numel() else route.scores_bse.sum()
+def balance_loss_or_zero(route: Route, sequence: SequencePart) -> Tensor:
+    """Return this rank's part of `balance_loss`, or 0 (with an autograd graph) without rows."""
+    ids_bsk, scores_bse = route.topk_ids_bsk, route.scores_bse
+    if not len(ids_bsk) * sequence.end:
+        return scores_bse.sum()
+    load_be = tokens_per_sequence_and_expert(ids_bsk, scores_bse)
+    return balance_of_load(sequence.sum_over_ranks(load_be), scores_bse, sequence.end)
 
 
-def block_forward(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+def block_forward(
+    block: Block, x_bsd: Tensor, rope: Rope, sequence: SequencePart
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run a block whose experts are all on this rank; return (x, balance loss, expert ids)."""
     x_bsd, route = block(x_bsd, rope)
-    return x_bsd, balance_loss_or_zero(route), route.topk_ids_bsk
+    return x_bsd, balance_loss_or_zero(route, sequence), route.topk_ids_bsk
 
 
-def attention_and_gate(block: Block, x_bsd: Tensor, rope: Rope) -> tuple[Tensor, ...]:
+def attention_and_gate(
+    block: Block, x_bsd: Tensor, rope: Rope, sequence: SequencePart
+) -> tuple[Tensor, ...]:
     """Run attention and gate; return (x, expert inputs, weights, balance loss, expert ids)."""
     x_bsd = x_bsd + block.attn(block.attn_norm(x_bsd), rope)
     u_bsd = block.ffn_norm(x_bsd)
     route = cast(MoE, block.ffn).gate(u_bsd)
     u_nd, weight_nk = u_bsd.flatten(0, 1), route.topk_weights_bsk.flatten(0, 1)
-    return x_bsd, u_nd, weight_nk, balance_loss_or_zero(route), route.topk_ids_bsk.flatten(0, 1)
+    balance = balance_loss_or_zero(route, sequence)
+    return x_bsd, u_nd, weight_nk, balance, route.topk_ids_bsk.flatten(0, 1)
 
 
 def add_expert_outputs(block: Block, x_bsd: Tensor, u_nd: Tensor, y_nd: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def describe_origin(run: "Run") -> dict[str, Any]:
     dp = config.dp or max(1, world_size() // (config.pp * config.ep))
     text = run.data.tokenizer.to_str()
     return {
-        "mesh": {"pp": config.pp, "dp": dp, "ep": config.ep},
+        "mesh": {"pp": config.pp, "dp": dp, "ep": config.ep, "cp": config.cp},
         "fingerprints": {
             "settings": json.loads(json.dumps(describe_losses(config), default=str)),
             "tokenizer": hashlib.sha256(text.encode()).hexdigest(),

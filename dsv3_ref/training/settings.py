@@ -112,6 +112,9 @@ class TrainConfig:
     """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 0
     """data-parallel degree; 0: world size / (pp × ep)"""
+    cp: int = 1
+    """context-parallel degree, a divisor of dp × ep: ranks that share rows and each compute a part
+    of every sequence"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
     """pipeline schedule; dualpipe is the report's (§3.2.1), dualpipev has 2·pp stages"""
     zero: bool = True
@@ -301,6 +304,11 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
         f"--pp {args.pp} × --dp {dp} × --ep {args.ep} are {ranks} ranks, not {world_size}: "
         f"torchrun --nproc-per-node {ranks} -m dsv3_ref {args.COMMAND} …",
     )
+    yield from context_rules(args.model, args.recipe.seq_len, args.cp, dp, args.ep)
+    yield (
+        args.cp == 1 or args.COMMAND in ("train", "extend", "sft"),
+        f"--cp must be 1: dsv3 {args.COMMAND} computes whole sequences on a rank",
+    )
     if world_size > 1:
         yield from mesh_rules(args.model, args.pp, args.ep, args.schedule, args.ep_ranks_per_node)
         yield (
@@ -308,6 +316,26 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
             "on several ranks the balance loss is over sequences only: set "
             "--balance-loss-scope sequence",
         )
+
+
+def context_rules(model: Config, seq_len: int, cp: int, dp: int, ep: int) -> Iterator[Rule]:
+    """Yield the rules of sequences that cp ranks share, which `train` and `plan` have."""
+    yield (cp >= 1, "--cp must be at least 1")
+    yield (
+        dp * ep % cp == 0,
+        f"--cp {cp} must divide --dp {dp} × --ep {ep} = {dp * ep}, the ranks that rows are divided "
+        "among: choose a divisor",
+    )
+    yield (
+        seq_len % (2 * cp) == 0 or cp == 1,
+        f"--seq-len {seq_len} must be a multiple of 2 × --cp {cp}, so that all ranks have equally "
+        "many tokens",
+    )
+    yield (
+        seq_len // (2 * cp) > model.n_mtp_layers or cp == 1,
+        f"--seq-len {seq_len} leaves chunks of {seq_len // (2 * cp)} tokens with --cp {cp}, not "
+        f"more than the {model.n_mtp_layers} that MTP looks ahead: lower --cp",
+    )
 
 
 def mesh_rules(
@@ -407,7 +435,7 @@ def config_name_of(init: Path) -> str:
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
     "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero",
-    "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
+    "cp", "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
     "expert_load_every",
     "ep_ranks_per_node", "dispatch_capacity", "token_dispatcher", "hang_timeout",
 }  # fmt: skip

@@ -397,10 +397,12 @@ def draw_tokens(n: int) -> torch.Tensor:
     return torch.randint(0, 64, (n, 17))
 
 
-def compare_training(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed=False):
+def compare_training(
+    shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed=False, cp: int = 1
+):
     """Run `compare_steps` in fp32 or in fp64."""
     with computing_in(dtype):
-        return compare_steps(shape, name, zero, ranks_per_node, dtype, is_packed)
+        return compare_steps(shape, name, zero, ranks_per_node, dtype, is_packed, cp)
 
 
 def save_grads(model, optimizer) -> tuple[dict, torch.utils.hooks.RemovableHandle]:
@@ -432,7 +434,7 @@ def step_numbers(stats, num_mtp: int, dtype) -> torch.Tensor:
     )
 
 
-def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed):
+def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_packed, cp: int):
     """Compare three steps on a mesh with `train_step`.
 
     Return (relative errors of the gradients, whether loads and biases are equal, largest relative
@@ -448,7 +450,8 @@ def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_p
         loss_functions.append(num_loss_tokens)
     moments = torch.bfloat16 if dtype == torch.float32 else dtype
     engine = ParallelEngine(
-        MICRO, recipe, Mesh(*shape, CPU), name, 1, moments, zero, ranks_per_node=ranks_per_node,
+        MICRO, recipe, Mesh(*shape, CPU, cp=cp), name, 1, moments, zero,
+        ranks_per_node=ranks_per_node,
         objective=CompletionLoss() if is_packed else NEXT_TOKEN_LOSS,
     )  # fmt: skip
     torch.manual_seed(1)
@@ -500,10 +503,10 @@ GRID = [  # two hops for ep 4
 CASE = "shape", "name", "zero", "ranks_per_node"
 
 
-def check_a_step(gang, dtype, tolerance: float, shape, *setting, is_packed=False):
+def check_a_step(gang, dtype, tolerance: float, shape, *setting, is_packed=False, cp: int = 1):
     """Check every parameter's gradient, loads, biases and the numbers of three steps."""
     names = set()
-    answers = gang.run(prod(shape), compare_training, shape, *setting, dtype, is_packed)
+    answers = gang.run(prod(shape), compare_training, shape, *setting, dtype, is_packed, cp)
     for errors, same, difference in answers:
         assert max(errors.values()) < tolerance, max(errors.items(), key=lambda e: e[1])
         assert same and difference < tolerance

@@ -1,0 +1,137 @@
+"""Context parallelism: the ranks of a group compute parts of the same sequences (chapter 13).
+
+A cp group consists of neighbors in the data × expert axis, so a mesh has no more ranks with it:
+those that would train on rows of their own share rows. Its ranks send different tokens to experts,
+and gradients are summed over dp × ep already, so dispatch, buckets and checkpoints know nothing of
+it. Attention gathers the latents of a group's ranks, and its backward pass sums their gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3_ref.config import Config, ceil_div
+from dsv3_ref.long_context import attend_spans, merge_zigzag, query_spans, zigzag_chunks
+from dsv3_ref.ops import recompute
+from dsv3_ref.parallel.watchdog import track_operation
+from dsv3_ref.rope import Rope
+
+
+class AllGather(torch.autograd.Function):
+    """The tensors of all members of a group, (R, …); the backward pass sums their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """Return the tensors of all members, stacked."""
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group), *x.shape)
+        if x.numel():
+            with track_operation("all-gather of latents", group):
+                dist.all_gather_into_tensor(out.flatten(0, 1), x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the sum of all members' gradients of this rank's tensor."""
+        dx = grad.new_empty(grad.shape[1:])
+        if dx.numel():
+            with track_operation("sum of the gradients of latents", ctx.group):
+                dist.reduce_scatter_tensor(dx, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return dx, None
+
+
+class SequencePart:
+    """The tokens of a micro-batch's sequences that this rank computes: all, or those of a zig-zag.
+
+    group: the ranks that share the sequences; None: this rank has all tokens. s: tokens of a
+    sequence. bounds: 0 and the end of each of its samples, if it is packed. ahead: the last tokens
+    of the sequence that are left out, as by an MTP module.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, s: int, cu_seqlens: Tensor | None = None,
+        ahead: int = 0,
+    ):  # fmt: skip
+        self.group, self.cu_seqlens = group, cu_seqlens
+        self.s, self.end = s, s - ahead
+        self.chunks: Sequence[range] = [range(self.end)]
+        if group is not None:
+            chunks = zigzag_chunks(s, dist.get_world_size(group), dist.get_rank(group))
+            self.chunks = [c[: max(0, self.end - c.start)] for c in chunks]
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of this rank's tokens of a sequence."""
+        return sum(map(len, self.chunks))
+
+    def without_last(self, k: int) -> "SequencePart":
+        """Return this rank's part of the sequences without their last k tokens."""
+        return SequencePart(self.group, self.s, ahead=k)
+
+    def take(self, x_bs: Tensor) -> Tensor:
+        """Return this rank's entries of all tokens' entries."""
+        if self.group is None:
+            return x_bs[:, : self.end]
+        return torch.cat([x_bs[:, c.start : c.stop] for c in self.chunks], dim=1)
+
+    def take_targets(
+        self, mask_n: Tensor | None, y_n: Tensor, shape: torch.Size
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return which of this rank's positions count, or None for all, and their next tokens.
+
+        mask_n, y_n: those of all positions; shape: (b, s) of the positions.
+        """
+        if self.group is None:
+            return mask_n, y_n
+        if mask_n is None:
+            return None, self.take(y_n.view(shape)).flatten()
+        place_bs = (mask_n.cumsum(0) - 1).view(shape)  # in y_n
+        mask_n = self.take(mask_n.view(shape)).flatten()
+        return mask_n, y_n[self.take(place_bs).flatten()[mask_n]]
+
+    def rope(self, config: Config, device: torch.device) -> Rope:
+        """Return the rotations of this rank's tokens, and their attention to those of all ranks."""
+        if self.cu_seqlens is not None:
+            rope = Rope.from_cu_seqlens(config, self.cu_seqlens)
+            if self.group is None:
+                return rope
+            cos, sin = (self.take(x[None])[0] for x in (rope.cos, rope.sin))
+        else:
+            position_s = torch.cat(
+                [torch.arange(c.start, c.stop, device=device) for c in self.chunks]
+            )
+            cos, sin, *_ = Rope.from_positions(config, position_s)
+        return Rope(cos, sin, attend=None if self.group is None else self.attend)
+
+    def attend(
+        self, q_bshi: Tensor, q_bshr: Tensor, c_bsc: Tensor, k_bsr: Tensor, wkv_b: Tensor,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Compute attention of this rank's queries to the latents and rotary keys of all ranks.
+
+        The gathered latents are not saved: recomputation gathers them again.
+        """
+        bounds = [0, self.end] if self.cu_seqlens is None else self.cu_seqlens.tolist()
+        kv_btx = recompute(self.all_gather, c_bsc, k_bsr)
+        c_btc, k_btr = kv_btx.tensor_split([c_bsc.shape[-1]], dim=-1)
+        spans = query_spans(self.chunks, bounds)
+        return attend_spans(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale, spans)
+
+    def all_gather(self, c_bsc: Tensor, k_bsr: Tensor) -> Tensor:
+        """Return latents and rotary keys of all ranks' tokens, in their order: (b, t, c + r)."""
+        assert self.group is not None, "several ranks"
+        x_bsx = torch.cat((c_bsc, k_bsr), dim=-1)
+        num_slots = 2 * ceil_div(self.s, 2 * dist.get_world_size(self.group))
+        padded = F.pad(x_bsx, (0, 0, 0, num_slots - x_bsx.shape[1]))
+        return merge_zigzag(AllGather.apply(padded, self.group))[:, : self.end]
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum over the ranks that share the sequences, in place."""
+        if self.group is not None:
+            with track_operation("loads of sequences", self.group):
+                dist.all_reduce(x, group=self.group)
+        return x
