@@ -21,13 +21,14 @@ from dsv3_ref.kernels.launch import (
     autotune_bucket,
     check_tensor,
     tma_aligned,
-    triton_impl,
+    on_its_device,
 )  # fmt: skip
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.ops import impl
 
 MAX_HEAD_DIM = 256
 LN2 = tl.constexpr(math.log(2))
@@ -444,7 +445,8 @@ def check_attention_inputs(scale: float, **tensors: tuple[Tensor, tuple[int | No
         raise ValueError(f"scale must be positive, not {scale}")
 
 
-@triton_impl("attention")
+@impl("attention", "triton")
+@on_its_device
 def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> Tensor:
     """Compute causal attention, o = softmax(scale·q·kᵀ) v: (b, s, h, v).
 
@@ -463,7 +465,8 @@ def attention(q_bshx: Tensor, k_bthx: Tensor, v_bthv: Tensor, scale: float) -> T
     return o.unflatten(0, (b, s))
 
 
-@triton_impl("varlen_attention")
+@impl("varlen_attention", "triton")
+@on_its_device
 def varlen_attention(
     q_nhx: Tensor, k_nhx: Tensor, v_nhv: Tensor, cu_seqlens: Tensor, scale: float
 ) -> Tensor:

@@ -21,11 +21,12 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
     kernel_config,
     num_sms,
-    triton_impl,
+    on_its_device,
 )  # fmt: skip
 from torch import Tensor
 
 import dsv3_ref.mla  # noqa: F401  defines the ops
+from dsv3_ref.ops import impl
 
 LENGTH_DTYPES = (INT32, torch.int64)
 LOG2_E = 1.4426950408889634
@@ -349,7 +350,8 @@ class TritonMLADecode(torch.autograd.Function):
         )
 
 
-@triton_impl("paged_attention")
+@impl("paged_attention", "triton")
+@on_its_device
 def paged_attention(
     q_bshx: Tensor,
     kv_cache_pyx: Tensor,
@@ -377,7 +379,8 @@ def paged_attention(
     return TritonMLADecode.apply(*latent_and_rope, block_table_bp, cache_seqlens_b, scale)
 
 
-@triton_impl("latent_attention")
+@impl("latent_attention", "triton")
+@on_its_device
 def latent_attention(
     q_bshc: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, scale: float
 ) -> Tensor:

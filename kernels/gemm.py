@@ -22,7 +22,7 @@ from dsv3_ref.kernels.launch import (
     num_blocks,
     num_sms,
     tma_aligned,
-    triton_impl,
+    on_its_device,
 )
 from dsv3_ref.kernels.quant import tile_map
 from torch import Tensor
@@ -31,7 +31,7 @@ from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner
 
 from dsv3_ref import fp8, moe  # noqa: F401  define the ops
-from dsv3_ref.ops import defer_wgrad, matmul_dtype
+from dsv3_ref.ops import defer_wgrad, impl, matmul_dtype
 
 # ── Configs ──
 
@@ -211,7 +211,8 @@ def fp8_gemm_blockwise(
     return c
 
 
-@triton_impl("fp8_gemm")
+@impl("fp8_gemm", "triton")
+@on_its_device
 def fp8_gemm(
     a: Tensor,
     a_s: Tensor,
@@ -243,7 +244,8 @@ def fp8_gemm(
     return c if out is None else out.add_(c)
 
 
-@triton_impl("fp8_grouped_gemm")
+@impl("fp8_grouped_gemm", "triton")
+@on_its_device
 def fp8_grouped_gemm(
     a: Tensor,
     a_s: Tensor,
@@ -334,7 +336,8 @@ def fp8_wgrad(
     return c
 
 
-@triton_impl("fp8_grouped_wgrad")
+@impl("fp8_grouped_wgrad", "triton")
+@on_its_device
 def fp8_grouped_wgrad(
     g: Tensor,
     g_s: Tensor,
@@ -502,7 +505,8 @@ class TritonGroupedLinear(torch.autograd.Function):
         return dx, dw, None
 
 
-@triton_impl("grouped_linear")
+@impl("grouped_linear", "triton")
+@on_its_device
 def grouped_linear(x_mi: Tensor, weight_eoi: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
     """Multiply each row by the matrix of its expert: y_m = W_e(m) x_m, (m, o).
 

@@ -10,15 +10,13 @@ import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from dsv3_ref.ops import impl
-
 BF16, FP32 = torch.bfloat16, torch.float32
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32
 FLOATS = (FP32, BF16)
 AutotuneDecorator = Callable[[JITFunction], Autotuner]
 Grid = Callable[[dict[str, int]], tuple[int, ...]]  # from a config's meta-parameters
-OpParams = ParamSpec("OpParams")
-OpResult = TypeVar("OpResult")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 SM_LIMIT: int | None = None  # multiprocessors that persistent kernels use at most; None: all
 
 
@@ -54,30 +52,24 @@ def cdiv_grid(n: int, block: str, factor: int = 1) -> Grid:
     return lambda meta: (factor * triton.cdiv(n, meta[block]),)
 
 
-# ── Ops ──
+# ── The device ──
 
 
-def triton_impl(
-    name: str,
-) -> Callable[[Callable[OpParams, OpResult]], Callable[OpParams, OpResult]]:
-    """Register a function as the Triton form of op `name`.
+def on_its_device(fn: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Return a function that makes the GPU of its first tensor the current one during a call.
 
-    Triton launches on the current GPU, which need not be the one that holds the tensors: the
-    function is called with that of its first tensor as the current one.
+    Triton launches on the current GPU, which need not be the one that holds the tensors.
     """
 
-    def register(fn: Callable[OpParams, OpResult]) -> Callable[OpParams, OpResult]:
-        @wraps(fn)
-        def on_its_device(*args: OpParams.args, **kwargs: OpParams.kwargs) -> OpResult:
-            x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-            if not x.is_cuda or x.get_device() == torch.cuda.current_device():
-                return fn(*args, **kwargs)
-            with torch.cuda.device(x.get_device()):
-                return fn(*args, **kwargs)
+    @wraps(fn)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return fn(*args, **kwargs)
+        with torch.cuda.device(x.get_device()):
+            return fn(*args, **kwargs)
 
-        return impl(name, "triton")(on_its_device)
-
-    return register
+    return call
 
 
 # ── Layouts ──

@@ -17,12 +17,13 @@ from dsv3_ref.kernels.launch import (
     AOTCase,
     check_tensor,
     kernel_config,
-    triton_impl,
+    on_its_device,
 )
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3_ref.config import ceil_div
+from dsv3_ref.ops import impl
 
 # Logits that exist at a time: 2,076 tokens of V3's vocabulary of 129,280, half a gigabyte in bf16.
 MAX_LOGITS = 2**28
@@ -152,7 +153,8 @@ def check_loss_inputs(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> torch.
     return torch.get_autocast_dtype(device) if cast else h_nd.dtype
 
 
-@triton_impl("linear_cross_entropy")
+@impl("linear_cross_entropy", "triton")
+@on_its_device
 def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Tensor:
     """Sum −log softmax(h Wᵀ)[target] over tokens, in nats."""
     target_n = target_n.contiguous()
@@ -162,7 +164,8 @@ def linear_cross_entropy(h_nd: Tensor, head_wd: Tensor, target_n: Tensor) -> Ten
         return TritonCrossEntropy.apply(*args)
 
 
-@triton_impl("cross_entropy_and_grads")
+@impl("cross_entropy_and_grads", "triton")
+@on_its_device
 @torch.no_grad()
 def cross_entropy_and_grads(
     h_nd: Tensor, head_wd: Tensor, target_n: Tensor, scale: float, head_grad_wd: Tensor

@@ -16,12 +16,13 @@ from dsv3_ref.kernels.launch import (
     cdiv_grid,
     check_tensor,
     kernel_config,
-    triton_impl,
+    on_its_device,
 )  # fmt: skip
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
+from dsv3_ref.ops import impl
 
 INT64 = torch.int64
 
@@ -99,7 +100,8 @@ def _group_limited_topk_kernel(
     tl.store(expert_ptr + offset, chosen.to(tl.int64), mask=(row < n)[:, None] & (k < K))
 
 
-@triton_impl("group_limited_topk")
+@impl("group_limited_topk", "triton")
+@on_its_device
 def group_limited_topk(
     scores_bse: Tensor, topk: int, n_groups: int, topk_groups: int, group_topk: int
 ) -> Tensor:
@@ -227,7 +229,8 @@ def check_permutation(sorted_ids_m: Tensor, row_ids_nk: Tensor, n: int) -> None:
     check_tensor("sorted_ids_m", sorted_ids_m, (row_ids_nk.numel(),), (INT64,))
 
 
-@triton_impl("permute")
+@impl("permute", "triton")
+@on_its_device
 def permute(x_nd: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Copy each token to its k rows, sorted by expert: (n, d) → (m, d)."""
     check_tensor("x_nd", x_nd, (None, None), FLOATS, contiguous=False)
@@ -289,7 +292,8 @@ class TritonUnpermute(torch.autograd.Function):
         return dy_md, dweight_nk, None
 
 
-@triton_impl("unpermute")
+@impl("unpermute", "triton")
+@on_its_device
 def unpermute(y_md: Tensor, weight_nk: Tensor, sorted_ids_m: Tensor, row_ids_nk: Tensor) -> Tensor:
     """Compute the weighted sum of each token's rows: o_n = Σ_k w_nk y_row(n,k), (m, d) → (n, d)."""
     check_tensor("weight_nk", weight_nk, (None, None), FLOATS)

@@ -17,12 +17,13 @@ from dsv3_ref.kernels.launch import (
     dtype_name,
     kernel_config,
     num_sms,
-    triton_impl,
+    on_its_device,
 )  # fmt: skip
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import dsv3_ref.rope  # noqa: F401  defines the op `apply_rotary_emb`
+from dsv3_ref.ops import impl
 
 MAX_ROW_SIZE = 8192  # a row is held in registers: 32 numbers per thread of 8 warps
 
@@ -153,7 +154,8 @@ def check_norm_inputs(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> N
         raise ValueError(f"dtype must be float32 or bfloat16, not {dtype_name(dtype)}")
 
 
-@triton_impl("rms_norm")
+@impl("rms_norm", "triton")
+@on_its_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """Divide by the root mean square of the last axis: y = x / √(mean(x²) + ε) · weight."""
     check_norm_inputs(x, weight, dtype)
@@ -255,7 +257,8 @@ class TritonSwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
-@triton_impl("swiglu")
+@impl("swiglu", "triton")
+@on_its_device
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Compute SwiGLU, y = gate · σ(gate) · up."""
     check_tensor("gate", gate, dtypes=FLOATS, contiguous=False)
@@ -335,7 +338,8 @@ class TritonRotaryEmb(torch.autograd.Function):
         return rotate_pairs(g_bshr, cos, sin, inverse=True), None, None
 
 
-@triton_impl("apply_rotary_emb")
+@impl("apply_rotary_emb", "triton")
+@on_its_device
 def apply_rotary_emb(x_bshr: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs (x₀, x₁) by their angle: (x₀cos − x₁sin, x₀sin + x₁cos).
 

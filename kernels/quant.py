@@ -19,13 +19,14 @@ from dsv3_ref.kernels.launch import (
     check_tensor,
     kernel_config,
     num_blocks,
-    triton_impl,
+    on_its_device,
 )
 from dsv3_ref.kernels.norm import check_norm_inputs, rms_norm_backward
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsv3_ref import fp8  # noqa: F401  defines the ops
+from dsv3_ref.ops import impl
 
 COUNT_DTYPES = (torch.int64, INT32)
 
@@ -141,7 +142,8 @@ def _act_quant_kernel(
     store_tiles(q_ptr, s_ptr, x.to(tl.float32), t, row, col, mask, n, k, USE_UE8M0, is_bf16)
 
 
-@triton_impl("act_quant")
+@impl("act_quant", "triton")
+@on_its_device
 def act_quant(x: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize (…, k) in tiles of 1 × 128: values like x, scales (…, ⌈k/128⌉) in fp32 (§3.3.2)."""
     check_tensor("x", x, dtypes=FLOATS, contiguous=False)
@@ -175,7 +177,8 @@ def _weight_quant_kernel(w_ptr, q_ptr, s_ptr, o, i, USE_UE8M0: tl.constexpr):
     tl.store(s_ptr + block, s)
 
 
-@triton_impl("weight_quant")
+@impl("weight_quant", "triton")
+@on_its_device
 def weight_quant(w: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize (…, o, i) in blocks of 128 × 128, fp32 scales (…, ⌈o/128⌉, ⌈i/128⌉) (§3.3.2)."""
     check_tensor("w", w, dtypes=FLOATS)
@@ -304,7 +307,8 @@ def quantize_columns(
     return q, s
 
 
-@triton_impl("act_quant_transposed")
+@impl("act_quant_transposed", "triton")
+@on_its_device
 def act_quant_transposed(
     x_mk: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -321,7 +325,8 @@ def check_tiles(
     check_quantized(name, q, shape, f"scales of {name}", s, s_shape)
 
 
-@triton_impl("requant_transposed")
+@impl("requant_transposed", "triton")
+@on_its_device
 def requant_transposed(
     q: Tensor, s: Tensor, tokens_per_expert_e: Tensor | None = None, use_ue8m0: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -383,7 +388,8 @@ class TritonRMSNormQuant(torch.autograd.Function):
         return *rms_norm_backward(g, *ctx.saved_tensors), None, None, None
 
 
-@triton_impl("rms_norm_quant")
+@impl("rms_norm_quant", "triton")
+@on_its_device
 def rms_norm_quant(
     x: Tensor,
     weight: Tensor,
@@ -432,7 +438,8 @@ def _swiglu_quant_kernel(
     store_tiles(q_ptr, s_ptr, y, t, row, col, mask, n, k, USE_UE8M0, is_bf16)
 
 
-@triton_impl("swiglu_quant")
+@impl("swiglu_quant", "triton")
+@on_its_device
 def swiglu_quant(
     gate: Tensor, up: Tensor, use_ue8m0: bool = False, scale_m: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -502,7 +509,8 @@ def _swiglu_quant_backward_kernel(
     store_columns(q_ptr, s_ptr, y, z, col, used, k, n_z, is_bf16, False)
 
 
-@triton_impl("swiglu_quant_backward")
+@impl("swiglu_quant_backward", "triton")
+@on_its_device
 def swiglu_quant_backward(
     g: Tensor,
     gate_q: Tensor,
