@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from miniruns import MINI
 
 from dsv3_ref.config import UserError, from_dict
+from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ServeConfig
@@ -18,6 +20,8 @@ from dsv3_ref.serving.conversation import (
     check_variables,
     continues_answer,
     drop_prefix_mark,
+    hide_path,
+    render_messages,
     text_parts,
 )
 from dsv3_ref.serving.engine_thread import HISTOGRAM_BOUNDS, EngineThread, Histogram
@@ -350,7 +354,8 @@ def test_when_an_answer_is_continued(last, fields, continues):
 def test_the_mark_of_a_given_beginning():
     marked = [turn("user", prefix=True), turn("assistant", prefix=True)]
     assert drop_prefix_mark(marked) == [marked[0], turn("assistant")]
-    kept = [turn("assistant", prefix=False)]
+    assert drop_prefix_mark([turn("user"), *marked[1:]]) == [turn("user"), turn("assistant")]
+    kept = [turn("user", prefix=True), turn("assistant", prefix=False)]
     assert drop_prefix_mark(kept) == kept and drop_prefix_mark([]) == []
 
 
@@ -363,6 +368,35 @@ def test_turns_in_the_order_of_v3s_form():
     apart = [turn("user"), turn("assistant"), turn("user", "b")]
     assert arrange_turns(apart) == apart
     assert text_parts("a") == [text] and text_parts([1]) == [1] and text_parts(None) == []
+
+
+@pytest.mark.parametrize("messages", [None, "hi", {}, [[]], [turn("user"), "hi"]], ids=str)
+def test_what_is_no_conversation(service, messages):
+    with pytest.raises(InvalidField, match="a list of turns, which are objects") as e:
+        render_messages(service.chat, {"messages": messages})
+    assert e.value.name == "messages"
+
+
+def test_a_conversation_becomes_tokens(service):
+    ids, a = service.special_tokens, service.chat.encode("a")
+    asked = [ids.bos, ids.user, *a, ids.assistant]
+    talk = [turn("user"), turn("assistant")]
+    assert render_messages(service.chat, {"messages": talk[:1]}) == asked
+    assert render_messages(service.chat, {"messages": talk}) == [*asked, *a]
+    new = {"messages": talk, "add_generation_prompt": True}
+    assert render_messages(service.chat, new) == [*asked, *a, ids.eos, ids.assistant]
+    for unused in ({"tools": []}, {"tools": [{}], "tool_choice": "none"}):
+        assert render_messages(service.chat, {"messages": talk[:1]} | unused) == asked
+    with pytest.raises(InvalidField) as e:
+        render_messages(service.chat, {"messages": talk[:1], "tools": [{}]})
+    assert e.value.name == "tools"
+
+
+@pytest.mark.parametrize("source, shown", [("/srv/v3", "this model"), ("", "/srv/v3")])
+def test_an_error_does_not_name_the_servers_directory(service, source, shown):
+    settings = replace(service.chat.settings, source=source)
+    chat = ChatTemplate(service.tokenizer, settings)
+    assert hide_path(chat, ValueError("/srv/v3 has no template")) == f"{shown} has no template"
 
 
 @pytest.mark.parametrize(
