@@ -132,10 +132,6 @@ EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/data/permutation.py": ["test_data", "test_prepare"],
     "dsv3_ref/data/text_cache.py": ["test_data_files"],
     "dsv3_ref/data/tokenize_workers.py": ["test_prepare"],
-    "dsv3_ref/data/worker_process.py": [
-        "test_bombs::test_a_template_without_end_is_refused",
-        "test_math_verifier::test_many_slow_parts_take_the_time_of_one",
-    ],
     "dsv3_ref/parallel/build.py": [
         "test_parallel::test_the_first_and_the_last_stage_hold_the_embedding",
         "test_parallel::test_a_rank_starts_with_the_weights_of_one_device_bit_for_bit",
