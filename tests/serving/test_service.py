@@ -360,14 +360,18 @@ def test_the_mark_of_a_given_beginning():
 
 
 def test_turns_in_the_order_of_v3s_form():
-    text, gap = {"type": "text", "text": "a"}, {"type": "text", "text": "\n\n"}
-    turns = [turn("user"), turn("developer"), turn("user", [text]), turn("system"), turn("user", 5)]
+    a, b, c, d = ({"type": "text", "text": text} for text in "abcd")
+    gap = {"type": "text", "text": "\n\n"}
+    turns = [
+        turn("user"), turn("developer", "b"), turn("user", [c]), turn("system", "d"),
+        turn("user", 5), turn("user", []),
+    ]  # fmt: skip
     assert arrange_turns(turns) == [
-        turn("system", [text, gap, text]), turn("user", [text, gap, text]), turn("user", 5)
+        turn("system", [b, gap, d]), turn("user", [a, gap, c]), turn("user", 5), turn("user", [])
     ]  # fmt: skip
     apart = [turn("user"), turn("assistant"), turn("user", "b")]
     assert arrange_turns(apart) == apart
-    assert text_parts("a") == [text] and text_parts([1]) == [1] and text_parts(None) == []
+    assert text_parts("a") == [a] and text_parts([1]) == [1] and text_parts(None) == []
 
 
 @pytest.mark.parametrize("messages", [None, "hi", {}, [[]], [turn("user"), "hi"]], ids=str)
