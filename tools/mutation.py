@@ -129,6 +129,7 @@ EXTRA_TESTS = {  # of modules whose tests have another name
     "dsv3_ref/data/hub.py": ["test_hub_data"],
     "dsv3_ref/data/jinja_template.py": ["test_chat_templates"],
     "dsv3_ref/data/messages.py": ["test_conversation_rows"],
+    "dsv3_ref/data/packing.py": ["test_conversations"],
     "dsv3_ref/data/permutation.py": ["test_data", "test_prepare"],
     "dsv3_ref/data/text_cache.py": ["test_data_files"],
     "dsv3_ref/data/tokenize_workers.py": ["test_prepare"],

@@ -19,6 +19,10 @@ from dsv3_ref.data.dedup import MinHashLSH, max_rows_per_band, minhash_signature
         ("a b c d", ["a b c d"]),
         ("  one\n\ttwo ", ["one two"]),
         ("", [""]),
+        ("one 你好吗 é", ["one 你 好 吗 é"]),  # scripts without spaces between words
+        ("sixteen=letters! a", ["sixteen=letters! a"]),
+        ("seventeen=letters a", ["seventeen = letters a"]),
+        ("x" * 33, ["x x x x x"] * 29),
     ],
 )
 def test_runs_of_five_words_are_compared(text, runs):

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import SPECIAL, save_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
-from dsv3_ref.serving.generate import FORGETTING
+from dsv3_ref.serving.generate import FORGETTING, run_generate
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
@@ -67,6 +68,31 @@ def test_generate_prints_the_prompt_and_its_continuation(run, capsys):
     assert first.startswith("we talk") and len(first) > len("we talk\n")
     assert main.main([*command, "--num-speculative-tokens", "1"]) == 0
     assert capsys.readouterr().out == first
+
+
+class Terminal(io.StringIO):
+    """A stream that keeps what it shows: what has been written before it was flushed."""
+
+    shown: tuple[str, ...] = ()
+
+    def flush(self):
+        self.shown = (*self.shown, self.getvalue())
+
+
+def test_a_single_text_is_shown_as_it_comes(run, capsys, monkeypatch):
+    steps = [["one"], [" two"], [""], [" three"]]
+    monkeypatch.setattr(TextGenerator, "iter_text", lambda self, prompts: iter(steps))
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", Terminal())
+        run_generate(GenerateConfig(run, prompt=("zero ",)))
+        shown = sys.stdout.shown
+    assert list(dict.fromkeys(shown)) == ["zero ", "zero one", "zero one two", "zero one two three"]
+    assert capsys.readouterr().err.startswith("3 decoding steps in ")
+    with monkeypatch.context() as patch:
+        patch.setattr(TextGenerator, "iter_text", lambda *_: iter([["a", "b"], ["", "c"]]))
+        run_generate(GenerateConfig(run, prompt=("x", "y")))
+    printed = capsys.readouterr()
+    assert printed.out == "xa\n\nybc\n" and printed.err.startswith("1 decoding steps in ")
 
 
 def test_greedy_text_is_the_same_alone_in_a_batch_and_with_a_draft(run, capsys):

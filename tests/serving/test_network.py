@@ -27,6 +27,7 @@ from dsv3_ref.serving.network import (
     bind_socket,
     guard_app,
     is_loopback,
+    origin_rule,
     password_of,
 )
 from dsv3_ref.serving.tokenize_pool import TokenizePool, max_bytes_per_token, pipeline_steps
@@ -94,7 +95,7 @@ def test_keys_of_clients_and_passwords_of_browsers():
     assert len(keys.secret) == 32 and password_of(b"YTpiOmM=") == b"b:c"
 
 
-def guarded(keys: ApiKeys, scope: dict) -> tuple[list[dict], list[dict]]:
+def guarded(keys: ApiKeys, scope: dict, **options) -> tuple[list[dict], list[dict]]:
     """Return the scopes that reach an app behind its guard, and the messages that are sent."""
     reached: list[dict] = []
     sent: list[dict] = []
@@ -105,7 +106,7 @@ def guarded(keys: ApiKeys, scope: dict) -> tuple[list[dict], list[dict]]:
     async def send(message: dict) -> None:
         sent.append(message)
 
-    guard = guard_app(app, lambda host: host == "here", keys, ("/open",))
+    guard = guard_app(app, lambda host: host == "here", keys, ("/open",), **options)
     asyncio.run(guard(scope, None, send))
     return reached, sent
 
@@ -129,6 +130,28 @@ def test_a_guard_lets_known_hosts_with_a_key_through():
         assert dict(start["headers"])[b"www-authenticate"] == b"Bearer"
         assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
         assert dict(start["headers"])[b"connection"] == b"close"
+        assert "as “Authorization: Bearer KEY”" in json.loads(body["body"])["error"]["message"]
+    _, (_, body) = guarded(ApiKeys(("k",), is_password=True), request("/v1"))
+    assert "as “Authorization: Basic KEY”" in json.loads(body["body"])["error"]["message"]
+
+
+def test_a_guard_refuses_foreign_pages_where_it_is_asked_to():
+    own = {"is_own_page": origin_rule(("proxy.example",))}
+    for origins, is_own in (
+        ([], True), (["http://here"], True), (["https://proxy.example"], True),
+        (["http://there"], False), (["http://here", "http://there"], False),
+    ):  # fmt: skip
+        scope = request("/open")
+        scope["headers"] += [(b"origin", origin.encode()) for origin in origins]
+        reached, sent = guarded(ApiKeys(()), scope, **own)
+        assert bool(reached) is is_own and bool(sent) is not is_own
+        assert len(guarded(ApiKeys(()), scope)[0]) == 1
+    foreign = request("/open")
+    foreign["headers"].append((b"origin", b"http://" + b"x" * 90))
+    _, (start, body) = guarded(ApiKeys(()), foreign, **own)
+    assert start["status"] == 403
+    message = json.loads(body["body"])["error"]["message"]
+    assert message == f"pages of 'http://{'x' * 73}' may not use this server"
 
 
 def test_a_guard_refuses_other_hosts_and_protocols():

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,37 @@ def test_the_number_of_completions_has_a_limit(service, values, fits):
         return
     with pytest.raises(UserError, match="completions are more than the 4 allowed per request"):
         read(service, **values)
+
+
+@pytest.mark.parametrize(
+    "values, count",
+    [
+        ({}, 0), ({"logprobs": 0}, 2 * 20), ({"logprobs": 5, "max_tokens": 7}, 2 * 7 * 6),
+        ({"logprobs": 5, "max_tokens": 7, "n": 2}, 2 * 2 * 7 * 6),
+        ({"best_of": 2, "max_tokens": 7}, 2 * 2 * 7),  # to choose the better one
+        ({"logprobs": 1, "echo": True, "max_tokens": 7}, (3 + 2 * 7) * 2),
+    ],
+)  # fmt: skip
+def test_the_log_probabilities_that_a_request_may_list(service, values, count):
+    assert service.count_listed(read(service, prompt=[[5], [6, 7]], **values)) == count
+
+
+def test_an_answer_begins_with_the_thought_that_its_prompt_opens(service, monkeypatch):
+    talk = [turn("user"), turn("assistant")]
+    assert read(service, True, messages=talk[:1]).opening == ""
+    monkeypatch.setattr(service.chat, "opened_thought", lambda prompt: "<think>")
+    assert read(service, True, messages=talk[:1]).opening == "<think>"
+    assert read(service, True, messages=talk).opening == ""  # the answer is continued
+    assert read(service, prompt="a").opening == ""
+
+
+@pytest.mark.parametrize("missing", [FIM_BEGIN, FIM_HOLE, FIM_END])
+def test_a_suffix_needs_three_tokens(service, monkeypatch, missing):
+    ids = {name: i for i, name in enumerate((FIM_BEGIN, FIM_HOLE, FIM_END)) if name != missing}
+    monkeypatch.setattr(service, "tokenizer", SimpleNamespace(token_to_id=ids.get))
+    with pytest.raises(InvalidField, match="cannot express a suffix") as e:
+        service.encode_prompt([5], "b")
+    assert e.value.name == "suffix"
 
 
 def test_a_model_has_one_name(service):
