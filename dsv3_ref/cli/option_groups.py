@@ -77,7 +77,7 @@ OPTION_GROUPS: dict[str, Groups] = {
     "serve": {
         "server": "host port served_model_name max_queue max_connections grace",
         "access": "api_key allow_unauthenticated allowed_hosts allowed_origins"
-        " report_cached_tokens reload_root",
+        " report_cached_tokens separate_reasoning reload_root",
         "scheduler": "max_num_seqs max_n prefill_chunk",
         "cache": "kv_cache_tokens block_size",
         "sampling": "max_new_tokens seed generation_config",

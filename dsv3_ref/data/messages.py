@@ -6,6 +6,7 @@ from typing import Any
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.formats import is_utf8
+from dsv3_ref.data.marks import THINK_TAGS
 
 Message = dict[str, Any]
 
@@ -61,10 +62,15 @@ def normalize_messages(messages: object, mentions: Callable[[str], bool]) -> lis
         raise UserError("messages must be a list of turns with at least one entry")
     if not messages:
         raise UserError("a conversation needs a question: add a user message")
-    return [normalize_message(i, turn, mentions) for i, turn in enumerate(messages, start=1)]
+    return [
+        normalize_message(i, turn, mentions, is_last=i == len(messages))
+        for i, turn in enumerate(messages, start=1)
+    ]
 
 
-def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> Message:
+def normalize_message(
+    i: int, turn: object, mentions: Callable[[str], bool], is_last: bool
+) -> Message:
     """Return message number `i` as `normalize_messages` does."""
     if not isinstance(turn, dict):
         raise UserError(f'turn {i} is not a role with a string: write {{"role", "content"}}')
@@ -77,17 +83,14 @@ def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> 
     if role not in ROLES and not mentions(role):
         raise UserError(f"turn {i} is by {role!r}: roles are system, user, assistant and tool")
     turn = {k: v for k, v in turn.items() if k not in TEXT_FIELDS or v not in ("", [], {}, False)}
-    reasoning = next((turn[k] for k in REASONING if k in turn), None)
-    if reasoning is not None and any(map(mentions, REASONING)):
-        turn = {k: v for k, v in turn.items() if k not in REASONING}
-        turn |= dict.fromkeys(("reasoning_content", "thinking"), reasoning)
-    else:
-        for name in sorted(TEXT_FIELDS & set(turn)):
-            if not mentions(name):
-                raise UserError(
-                    f"turn {i} has {name!r}, which the form of this model's conversations cannot "
-                    "express: leave it out, or use a model whose chat template has it"
-                )
+    turn = place_thoughts(i, turn, mentions, is_last)
+    placed = REASONING if any(map(mentions, REASONING)) else ()
+    for name in sorted(TEXT_FIELDS & set(turn) - set(placed)):
+        if not mentions(name):
+            raise UserError(
+                f"turn {i} has {name!r}, which the form of this model's conversations cannot "
+                "express: leave it out, or use a model whose chat template has it"
+            )
     content = normalize_content(i, turn)
     if isinstance(turn.get("tool_calls"), list | tuple):
         turn["tool_calls"] = [normalize_call(call) for call in turn["tool_calls"]]
@@ -98,6 +101,28 @@ def normalize_message(i: int, turn: object, mentions: Callable[[str], bool]) -> 
             "write the whole character"
         )
     return turn
+
+
+def place_thoughts(
+    i: int, turn: Message, mentions: Callable[[str], bool], is_last: bool
+) -> Message:
+    """Return message number `i` with its thoughts where the form of the conversation reads them.
+
+    A form that knows no field for them, but the tag </think>, has them in the content, in R1's
+    form.
+    """
+    thoughts = next((turn[k] for k in REASONING if k in turn), None)
+    if thoughts is None:
+        return turn
+    rest = {k: v for k, v in turn.items() if k not in REASONING}
+    if any(map(mentions, REASONING)):
+        return rest | dict.fromkeys(("reasoning_content", "thinking"), thoughts)
+    if not mentions(THINK_TAGS[1]) or turn["role"] != "assistant" or not isinstance(thoughts, str):
+        return turn
+    content = normalize_content(i, rest | {"content": rest.get("content", "")})
+    begin, end = THINK_TAGS
+    gap = "\n\n" if is_last else ""  # earlier thoughts are dropped by templates, this is not
+    return rest | {"content": f"{begin}\n{thoughts.strip()}\n{end}{gap}{content}"}
 
 
 def normalize_call(call: Any) -> Any:

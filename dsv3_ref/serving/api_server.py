@@ -67,7 +67,7 @@ async def collect_response(
 
     Raises an `HTTPError` if the engine fails, or if every completion ends with an error.
     """
-    parsers = {r: AnswerParser(request.call_marks, request.opening) for r in served}
+    parsers = {r: request.make_parser() for r in served}
     texts = dict.fromkeys(served, "")
     logprobs: dict[ServedRequest, list[JSONObject]] = {r: [] for r in served}
     finish_reasons = {}
@@ -121,7 +121,7 @@ async def sse_events(
 
     If every completion ends with an error, an error event takes the place of the last two.
     """
-    parsers = {r: AnswerParser(request.call_marks, request.opening) for r in served}
+    parsers = {r: request.make_parser() for r in served}
     finish_reasons: dict[ServedRequest, str] = {}
     num_new_tokens = 0
     error = ""

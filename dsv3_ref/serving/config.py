@@ -147,6 +147,10 @@ class ServeConfig:
     """take temperature, top_p, top_k, min_p and repetition_penalty from the model's
     generation_config.json where a request leaves them out, as vLLM does; otherwise OpenAI's
     defaults"""
+    separate_reasoning: bool = False
+    """return the thoughts of an answer, between <think> and </think>, as `reasoning_content`, as
+    DeepSeek's API does; otherwise they are part of its content. A request's own field
+    `separate_reasoning` comes first"""
     reload_root: Path | None = None
     """let clients load other weights of the same shape from directories under this one (POST
     /update_weights_from_disk, as in SGLang), for `dsv3 rl --rollout`; needs an API key"""

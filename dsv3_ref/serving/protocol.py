@@ -22,7 +22,8 @@ from dsv3_ref.serving.fields import (
     stop_tokens,
     string,
 )
-from dsv3_ref.serving.tool_calls import AnswerPart, CallMarks
+from dsv3_ref.serving.thoughts import ThoughtParser
+from dsv3_ref.serving.tool_calls import AnswerParser, AnswerPart, CallMarks
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
@@ -132,6 +133,7 @@ def chat_fields(limits: FieldLimits) -> dict[str, Field]:
         "add_generation_prompt": flag(),
         "continue_final_message": flag(),
         "chat_template_kwargs": anything({"type": "object"}),
+        "separate_reasoning": flag(),  # as in SGLang
         "parallel_tool_calls": ignored("boolean"),
         "functions": only([]),
         "function_call": only("none", "auto"),
@@ -195,7 +197,14 @@ class CompletionRequest:
     echo: bool  # completions begin with the prompt
     returns_token_ids: bool  # also of the end token, as vLLM does
     call_marks: CallMarks | None = None  # of the calls to parse, if the request has tools
+    separates_reasoning: bool = False  # thoughts are `reasoning_content`
     opening: str = ""  # with which an answer begins: the <think> at the end of its prompt
+
+    def make_parser(self) -> AnswerParser:
+        """Return a parser of one answer."""
+        if self.separates_reasoning:
+            return AnswerParser(self.call_marks, thoughts=ThoughtParser(self.opening))
+        return AnswerParser(self.call_marks, self.opening)
 
 
 def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest:
@@ -233,6 +242,7 @@ def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest
         num_logprobs=count_alternatives(values, chat),
         echo=values.get("echo", False),
         returns_token_ids=values.get("return_token_ids", False),
+        separates_reasoning=chat and values.get("separate_reasoning", False),
     )
 
 
@@ -385,6 +395,8 @@ def make_choice(
     if request.stream:
         return choice | {"delta": {"content": part.text}}
     message: JSONObject = {"role": "assistant", "content": part.text, "refusal": None}
+    if request.separates_reasoning:
+        message["reasoning_content"] = part.thoughts or None
     if part.calls:
         message |= {"content": part.text or None, "tool_calls": part.calls}
     return choice | {"message": message}
@@ -396,16 +408,23 @@ def stream_choices(
 ) -> list[JSONObject]:  # fmt: skip
     """Return the entries of `choices` for the next piece of a stream.
 
-    In a conversation the reason comes after the text, with an empty delta, as OpenAI sends it. The
-    calls of a piece have their `index` already.
+    In a conversation the reason comes after the text, with an empty delta, as OpenAI sends it.
+    Thoughts and text are never in one delta: many clients read only the first of them. The calls of
+    a piece have their `index` already.
     """
-    has_text = bool(part.text or (logprobs and request.num_logprobs >= 0))
+    has_text = bool(part.text or (logprobs and request.num_logprobs >= 0 and not part.thoughts))
     if not request.chat:
         choice = make_choice(request, index, part, logprobs, finish_reason)
         return [choice] if has_text or finish_reason else []
-    choices = [make_choice(request, index, part, logprobs, None)] if has_text else []
+    choices = []
+    if part.thoughts:
+        listed = format_logprobs(request, [] if has_text else logprobs)
+        delta: JSONObject = {"reasoning_content": part.thoughts}
+        choices.append({"index": index, "logprobs": listed, "finish_reason": None, "delta": delta})
+    if has_text:
+        choices.append(make_choice(request, index, part, logprobs, None))
     if part.calls:
-        delta: JSONObject = {"tool_calls": part.calls}
+        delta = {"tool_calls": part.calls}
         choices.append({"index": index, "logprobs": None, "finish_reason": None, "delta": delta})
     if finish_reason:
         end: JSONObject = {"index": index, "logprobs": None, "finish_reason": finish_reason}

@@ -158,7 +158,8 @@ class Service:
         values = self.read_values(data, CHAT if chat else COMPLETIONS)
         self.check_prompt_length(values, chat)
         seed = secrets.randbits(62) if self.args.seed is None else self.args.seed
-        request = make_request(self.sampling_defaults | values, chat, seed)
+        defaults = self.sampling_defaults | {"separate_reasoning": self.args.separate_reasoning}
+        request = make_request(defaults | values, chat, seed)
         num_completions = request.best_of * (1 if chat else num_prompts(values.get("prompt")))
         if num_completions > self.args.max_n:
             raise UserError(

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.serving.detokenizer import partial_stop_length, special_ids
 from dsv3_ref.serving.fields import JSONObject
+from dsv3_ref.serving.thoughts import ThoughtParser
 
 FENCE_BEGIN, FENCE_END = "\n```json\n", "\n```"  # around V3's and R1's arguments
 
@@ -57,11 +58,12 @@ class AnswerPart(NamedTuple):
 
     text: str
     calls: list[JSONObject]  # as OpenAI's API writes them, without an index
+    thoughts: str = ""  # that come before the text, if they are returned apart from it
 
 
 @dataclass
 class AnswerParser:
-    """Incremental parser of an answer: text, then calls between marks.
+    """Incremental parser of an answer: thoughts, text, then calls between marks.
 
     What it returns does not depend on how the text is cut into pieces. Without marks everything is
     text, as is everything from the first call on that is malformed or has no end.
@@ -69,6 +71,7 @@ class AnswerParser:
 
     marks: CallMarks | None
     pending: str = ""  # not yet returned; at first, what the text begins with
+    thoughts: ThoughtParser | None = None  # None: thoughts are text
     is_inside: bool = False  # between the marks around calls
     num_searched: int = 0  # pending characters without the end of the call that they begin
     num_calls: int = 0
@@ -76,6 +79,7 @@ class AnswerParser:
 
     def push(self, text: str, is_last: bool = False) -> AnswerPart:
         """Append text and return what is now certain. is_last: nothing will follow."""
+        thoughts, text = self.thoughts.push(text, is_last) if self.thoughts else ("", text)
         self.pending += text
         texts: list[str] = []
         calls: list[JSONObject] = []
@@ -86,7 +90,7 @@ class AnswerParser:
             texts.append("" if is_space else self.pending)
             self.pending = ""
         self.num_calls += len(calls)
-        return AnswerPart("".join(texts), calls)
+        return AnswerPart("".join(texts), calls, thoughts)
 
     def finish_reason(self, reason: str) -> str:
         """Return the reason why the answer ended, which is its calls if it has any."""

@@ -1,0 +1,201 @@
+"""Thoughts of a model in its answers: the tag that a prompt opens, and `reasoning_content`."""
+
+import json
+from itertools import chain
+
+import httpx
+import openai
+import pytest
+from chat_forms import EOS, FORMS, form_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_family_end_to_end import write_model
+from test_serve import served
+
+from dsv3_ref.config import UserError
+from dsv3_ref.data.chat_samples import render_sample
+from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.messages import normalize_messages
+from dsv3_ref.data.tokenizer_settings import TokenizerSettings
+from dsv3_ref.serving import output_processor
+from dsv3_ref.serving.thoughts import ThoughtParser
+from dsv3_ref.serving.tool_calls import FORMS as MARKS
+from dsv3_ref.serving.tool_calls import AnswerParser
+
+ASK = [{"role": "user", "content": "1+1?"}]
+ANSWERS = {  # with the <think> of the prompt: thoughts and text
+    "whole": ("so\nit is</think>\n\n2", "so\nit is", "2"),
+    # deepseek-ai/DeepSeek-R1 #352: line ends beside the tags were shown
+    "line ends": ("\n\nso \n</think>\n \n2 \n", "so", "2 \n"),
+    # sgl-project/sglang #4539: an answer without an end of its thoughts
+    "no end": ("so it is 2", "so it is 2", ""),
+    "half an end": ("so </thi", "so </thi", ""),
+    "no thoughts": ("\n</think>2", "", "2"),
+    "a second tag": ("<think>so</think>2", "<think>so", "2"),
+    "thoughts again": ("so</think>2<think>3</think>", "so", "2<think>3</think>"),
+}
+
+
+def divided(opening: str, *pieces: str) -> tuple[str, str]:
+    """Return thoughts and text of an answer in pieces."""
+    parser = ThoughtParser(opening)
+    parts = [parser.push(piece) for piece in pieces] + [parser.push("", is_last=True)]
+    thoughts, texts = zip(*parts)
+    return "".join(thoughts), "".join(texts)
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_thoughts_are_divided_from_what_follows_however_it_is_cut(name, data):
+    """vllm-project/vllm #13125: the prompt opens <think>, so the answer has only its end."""
+    answer, *want = ANSWERS[name]
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(answer)), max_size=6)))
+    pieces = [answer[a:b] for a, b in zip([0, *cuts], [*cuts, len(answer)])]
+    assert divided("<think>\n", *pieces) == tuple(want)
+    assert divided("", " <think>", *pieces) == tuple(want)  # the model opens it itself
+
+
+@pytest.mark.parametrize("answer", ["2", " \n2", '{"a": "</think>"}', "<thi", "<b>2", ""])
+def test_an_answer_without_a_tag_has_no_thoughts(answer):
+    assert divided("", *answer) == ("", answer)
+
+
+def test_calls_follow_thoughts_and_are_not_found_in_them():
+    marks = MARKS[0]
+    call = f"{marks.begin}{marks.call}f{marks.separator}{{}}{marks.end_of_call}{marks.end}"
+    parser = AnswerParser(marks, thoughts=ThoughtParser("<think>"))
+    parts = [parser.push(x) for x in f"I could {call}</think>I look.{call}"]
+    parts.append(parser.push("", is_last=True))
+    assert "".join(part.thoughts for part in parts) == f"I could {call}"
+    assert "".join(part.text for part in parts) == "I look."
+    assert len(list(chain.from_iterable(part.calls for part in parts))) == 1
+    assert parser.finish_reason("stop") == "tool_calls"
+
+
+# ── Over HTTP ──
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory of R1's form, whose prompts end with <think>."""
+    folder = tmp_path_factory.mktemp("r1")
+    write_model(folder, "R1")
+    return folder
+
+
+@pytest.fixture
+def speaking(home, monkeypatch):
+    """Return a server whose model says a text, piece by piece."""
+    said: list[str] = []
+    real = output_processor.StreamDetokenizer.push
+
+    def push(self, tokens):
+        real(self, tokens)
+        return said.pop(0) if said else ""
+
+    monkeypatch.setattr(output_processor.StreamDetokenizer, "push", push)
+    monkeypatch.setattr(output_processor.StreamDetokenizer, "flush", lambda self: "")
+    with served(home) as (base, _):
+
+        def say(text: str) -> openai.OpenAI:
+            said[:] = [text[i : i + 7] for i in range(0, len(text), 7)]
+            return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+
+        yield say
+
+
+def asked(home, **more) -> dict:
+    body = {"model": home.name, "messages": ASK, "max_tokens": 20}
+    return body | {"extra_body": {"ignore_eos": True} | more}
+
+
+def test_an_answer_begins_with_the_tag_that_its_prompt_opens(speaking, home):
+    """open-webui/open-webui #9808: without it, pages do not know the thoughts as such."""
+    with speaking("so</think>2") as client:
+        message = client.chat.completions.create(**asked(home)).choices[0].message
+    assert message.content == "<think>\nso</think>2"
+    assert not hasattr(message, "reasoning_content")
+    with speaking("so</think>2") as client:
+        deltas = [x.choices[0].delta for x in client.chat.completions.create(
+            **asked(home), stream=True
+        )]  # fmt: skip
+    assert "".join(x.content or "" for x in deltas) == "<think>\nso</think>2"
+    answered = [*ASK, {"role": "assistant", "content": "<think>so"}]
+    with speaking(" it is</think>2") as client:  # an answer that is continued has its tag already
+        choice = client.chat.completions.create(**asked(home) | {"messages": answered}).choices[0]
+    assert choice.message.content == " it is</think>2"
+
+
+def test_thoughts_are_reasoning_content_where_a_client_wants_them_so(speaking, home):
+    """vllm-project/vllm #12468 asks for it: clients of DeepSeek's API read this field."""
+    body = asked(home, separate_reasoning=True)
+    with speaking("so\n</think>\n\n2") as client:
+        message = client.chat.completions.create(**body).choices[0].message
+    assert (message.reasoning_content, message.content) == ("so", "2")
+    with speaking("so\n</think>\n\n2") as client:
+        stream = client.chat.completions.create(**body, stream=True, logprobs=True, top_logprobs=1)
+        choices = [x.choices[0] for x in stream]
+    deltas = [choice.delta for choice in choices]
+    thoughts = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
+    assert "".join(thoughts) == "so"
+    assert "".join(delta.content or "" for delta in deltas) == "2"
+    assert not any(x and delta.content for x, delta in zip(thoughts, deltas))  # as its docs read it
+    with speaking("so it") as client:  # cut off: there is no answer yet
+        choice = client.chat.completions.create(**body).choices[0]
+    assert (choice.message.reasoning_content, choice.message.content) == ("so it", "")
+    assert choice.finish_reason == "length"
+
+
+def test_the_option_of_the_server_is_the_default_of_its_requests(home):
+    with served(home, separate_reasoning=True) as (base, _):
+        url = f"{base}/v1/chat/completions"
+        body = {"messages": ASK, "max_tokens": 3}
+        first = httpx.post(url, json=body, timeout=30).json()["choices"][0]["message"]
+        assert set(first) == {"role", "content", "refusal", "reasoning_content"}
+        body |= {"separate_reasoning": False}
+        other = httpx.post(url, json=body, timeout=30).json()["choices"][0]["message"]
+        assert other["content"].startswith("<think>\n") and "reasoning_content" not in other
+        sent = {"messages": [*ASK, first, *ASK], "max_tokens": 1}  # what came is sent back
+        assert httpx.post(url, json=sent, timeout=30).status_code == 200
+
+
+# ── In conversations ──
+
+
+def chat_of(name: str) -> ChatTemplate:
+    form = FORMS[name]
+    tokens = {"bos_token": form.bos, "eos_token": form.eos}
+    return ChatTemplate(
+        form_tokenizer(form), TokenizerSettings(tokens, {"default": form.template}, source=name)
+    )
+
+
+@pytest.mark.parametrize("name", ["R1", "V3.1"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_earlier_thoughts_in_a_field_are_dropped_as_those_in_tags(name, field):
+    """These templates know no field for thoughts, but drop what stands before </think>."""
+    chat = chat_of(name)
+    answer, tagged = ({"role": "assistant", "content": x} for x in ("2", "<think>so</think>2"))
+    want = chat.render_prompt([*ASK, answer, *ASK])
+    assert chat.render_prompt([*ASK, tagged, *ASK]) == want
+    assert chat.render_prompt([*ASK, answer | {field: "so"}, *ASK]) == want
+
+
+def test_thoughts_in_a_field_are_learned():
+    """Data of R1's distillations keep them apart: they are what the model shall write."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "2"}]}
+    chat = chat_of("R1")
+    sample = render_sample(chat, [*ASK, answer | {"reasoning_content": "so"}])
+    tokens = [token for token, is_learned in zip(*sample) if is_learned]
+    text = chat.tokenizer.decode(tokens, skip_special_tokens=False)
+    assert text == f"so\n</think>\n\n2{EOS}"
+
+
+def test_a_field_for_thoughts_hides_no_other_field():
+    """A form with thoughts but without calls dropped the calls of a turn that has both."""
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "a", "reasoning_content": "so", "tool_calls": [call]}
+    with pytest.raises(UserError, match="turn 2 has 'tool_calls'"):
+        normalize_messages([*ASK, turn], {"reasoning_content"}.__contains__)
+    assert json.dumps(normalize_messages([*ASK, turn], lambda name: True)[1]["tool_calls"])
