@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from dsv3_ref.config import UserError
 
 STARTUP_TIMEOUT_S = 60.0
 SPARE_SECONDS = 60  # after which a process whose answer is no longer awaited ends itself
+PATIENCE = 10  # times as long as a process may run it may take, since others run beside it
 READY = "ready"
 
 
@@ -37,12 +39,18 @@ class WorkerProcess:
         self.owner = 0  # the id of the process that started it
         self.process: subprocess.Popen[bytes] | None = None
         self.lines: queue.Queue[bytes] = queue.Queue()  # of the process, read by a thread
+        self.seconds_used = 0.0  # for the last answer
 
     def ask(self, line: str, seconds: float) -> str:
-        """Return the answer to a line; raise a `TimeoutError` if it is late or there is none."""
+        """Return the answer to a line; raise a `TimeoutError` if it is late or there is none.
+
+        seconds: of the process's own time, so that other programs make no answer late.
+        """
+        assert self.process is not None
+        start = processor_seconds(self.process.pid)
         try:
             self.write_line(line)
-            answer = self.read_line(seconds)
+            answer = self.read_answer(start, seconds)
         except (TimeoutError, OSError):
             self.stop()
             raise TimeoutError from None
@@ -84,6 +92,23 @@ class WorkerProcess:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
+    def read_answer(self, start: float, seconds: float) -> str:
+        """Return the next line, for which the process may run so long.
+
+        start: its `processor_seconds` before. Raises a `TimeoutError` if it is late.
+        """
+        assert self.process is not None
+        patience = time.monotonic() + PATIENCE * seconds
+        line, left = None, seconds
+        while line is None:
+            with suppress(TimeoutError):
+                line = self.read_line(left)
+            self.seconds_used = processor_seconds(self.process.pid) - start
+            left = seconds - self.seconds_used
+            if line is None and (left <= 0 or time.monotonic() > patience):
+                raise TimeoutError
+        return line
+
     def read_line(self, seconds: float) -> str:
         """Return the next line of the process, "" if it has died; raise `TimeoutError` if late."""
         try:
@@ -99,6 +124,15 @@ class WorkerProcess:
         process.wait()
         with suppress(OSError):  # of what was not sent
             process.stdin.close()
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of a process, or the time of a clock where the system hides it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    except OSError:  # not Linux
+        return time.monotonic()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def forward_lines(pipe: IO[bytes], lines: "queue.Queue[bytes]") -> None:

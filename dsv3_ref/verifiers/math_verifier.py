@@ -7,7 +7,6 @@ out. A process that exceeds the time limit is killed, and the next comparison st
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,7 +15,7 @@ from typing import Any
 
 from dsv3_ref.data.worker_process import WorkerProcess, answer_lines
 
-TIMEOUT_S = 5.0  # of one comparison
+TIMEOUT_S = 5.0  # of processor time, for one comparison
 MEMORY_BYTES = 4 << 30  # of address space
 NUMERIC_DIGITS = 1000  # that tell apart numbers such as √2 and √2 + 10⁻²⁰
 MISSING = "comparing mathematical answers needs: pip install 'dsv3-ref[rl]'"
@@ -28,7 +27,7 @@ DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 
 
 class TimeLeft:
-    """The seconds that the comparisons of one answer may still take together."""
+    """The processor time that the comparisons of one answer may still take together."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -55,13 +54,12 @@ class MathVerifier(WorkerProcess):
         self.seconds = seconds
 
     def __call__(self, answer: str, truth: str, **options: Any) -> bool:
-        """Return whether an answer equals the right one; False after `seconds`."""
+        """Return whether an answer equals the right one; False after `seconds` of its process."""
         left = TIME_LEFT.get() or TimeLeft(self.seconds)
         if left.seconds <= 0:
             return False
         with self.lock:
             self.ensure_started()
-            start = time.monotonic()
             try:
                 line = json.dumps([answer, truth, options])
                 return self.ask(line, min(self.seconds, left.seconds)) == "true"
@@ -69,7 +67,7 @@ class MathVerifier(WorkerProcess):
                 left.seconds = 0
                 return False
             finally:
-                left.seconds -= time.monotonic() - start
+                left.seconds -= self.seconds_used
 
 
 @cache
