@@ -20,7 +20,13 @@ from tokenizers import Tokenizer
 from dsv3_ref.config import UserError
 from dsv3_ref.data.jinja_template import JinjaTemplate
 from dsv3_ref.data.marks import THINK_TAG, MarkedTextEncoder
-from dsv3_ref.data.messages import CallArguments, Message, iter_texts, normalize_messages
+from dsv3_ref.data.messages import (
+    TEXT_FIELDS,
+    CallArguments,
+    Message,
+    iter_texts,
+    normalize_messages,
+)
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, get_special_tokens, load_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 
@@ -162,8 +168,11 @@ class ChatTemplate:
 
         No text of a message produces a mark, except the tags of thoughts in an assistant's.
         variables: further ones that the template reads, such as `enable_thinking`.
-        Raises a `UserError` for what the form of this model's conversations cannot express.
+        An empty answer is not continued: the prompt is that for a new one. Raises a `UserError` for
+        what the form of this model's conversations cannot express.
         """
+        if continue_final_message and is_empty_answer(messages[-1]):
+            messages, add_generation_prompt, continue_final_message = messages[:-1], True, False
         template = self.find_template(tools)
         if template is None:
             return self.render_own(
@@ -348,6 +357,16 @@ def after_open_thought(prompt: str, content: str) -> str | None:
         return None
     rest = content.lstrip().removeprefix(match[1])
     return rest.lstrip("\n") if match[0].endswith("\n") else rest
+
+
+def is_empty_answer(turn: Message) -> bool:
+    """Return whether a message is an assistant's with nothing but its role."""
+    content = turn.get("content")
+    is_empty = (
+        content is None or content == [] or (isinstance(content, str) and not content.strip())
+    )
+    has_more = any(turn.get(name) for name in TEXT_FIELDS)
+    return turn.get("role") == "assistant" and is_empty and not has_more
 
 
 def with_null_content(turn: Message) -> Message:

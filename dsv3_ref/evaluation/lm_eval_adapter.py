@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from dsv3_ref.config import UserError
@@ -20,6 +21,7 @@ from dsv3_ref.decode import SamplingParams, stream
 from dsv3_ref.posttraining.policy import Policy, truncate_prompts
 from dsv3_ref.posttraining.prompts import TASKS
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
+from dsv3_ref.serving.thoughts import ThoughtParser
 
 MAX_GEN_TOKS = 256  # new tokens where a task sets no limit, as in lm-eval
 
@@ -154,6 +156,7 @@ class DSV3LM(TemplateLM):
         for indices in by_options.values():
             options = requests[indices[0]].args[1]
             max_new_tokens = self.max_new_tokens or options.get("max_gen_toks", MAX_GEN_TOKS)
+            is_conversation = isinstance(requests[indices[0]].args[0], ChatContext)
             contexts = [self.encode_context(requests[i].args[0]) for i in indices]
             name = getattr(requests[indices[0]], "task_name", None) or "lm-eval"
             prompts, num_truncated = truncate_prompts(
@@ -163,7 +166,9 @@ class DSV3LM(TemplateLM):
             pairs = sorted(zip(indices, prompts), key=lambda pair: -len(pair[1]))
             for start in range(0, len(pairs), self.batch_size):
                 batch = pairs[start : start + self.batch_size]
-                texts = self.generate_batch([x for _, x in batch], options, max_new_tokens)
+                texts = self.generate_batch(
+                    [x for _, x in batch], options, max_new_tokens, is_conversation
+                )
                 for (i, _), text in zip(batch, texts):
                     answers[i] = text
                 progress.update(len(batch))
@@ -171,12 +176,15 @@ class DSV3LM(TemplateLM):
         return answers
 
     def generate_batch(
-        self, prompts: list[list[int]], options: dict, max_new_tokens: int
-    ) -> list[str]:
+        self, prompts: list[list[int]], options: dict, max_new_tokens: int,
+        is_conversation: bool = False,
+    ) -> list[str]:  # fmt: skip
         """Continue prompts with lm-eval's generation arguments, all in one batch."""
-        until, ends = options.get("until") or [], self.policy.chat.stop_token_ids
+        chat = self.policy.chat
+        until, ends = options.get("until") or [], chat.stop_token_ids
         stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-        texts = [StreamDetokenizer(self.policy.tokenizer, stops) for _ in prompts]
+        openings = [chat.opened_thought(x) if is_conversation else None for x in prompts]
+        texts = [AnswerReader(self.policy.tokenizer, stops, opening) for opening in openings]
         is_sampled = options.get("do_sample", False) or options.get("temperature", 0) > 0
         temperature = options.get("temperature", 1.0) if is_sampled else 0.0
         params = SamplingParams(temperature, options.get("top_p", 1.0))
@@ -201,6 +209,38 @@ class DSV3LM(TemplateLM):
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the name of the conversation format."""
         return "DeepSeek-V3"
+
+
+class AnswerReader:
+    """The text of an answer up to a stop text.
+
+    opening: the <think> with which the prompt of a conversation ends, if it does. The thoughts of
+    such an answer are no part of it, and no stop text ends them. None: it is no conversation.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], opening: str | None):
+        self.decoder = StreamDetokenizer(tokenizer)
+        self.thoughts = None if opening is None else ThoughtParser(opening)
+        self.answer = StreamDetokenizer(tokenizer, stops)
+
+    @property
+    def ended(self) -> bool:
+        """True if a stop text was found."""
+        return self.answer.ended
+
+    def push(self, tokens: list[int]) -> str:
+        """Append tokens and return the text that is now certain."""
+        return self.read(self.decoder.push(tokens))
+
+    def flush(self) -> str:
+        """Return the withheld text; call it when no more tokens will come."""
+        return self.read(self.decoder.flush(), is_last=True) + self.answer.flush()
+
+    def read(self, text: str, is_last: bool = False) -> str:
+        """Return what follows the thoughts and is certain, with more text."""
+        if self.thoughts is not None:
+            _, text = self.thoughts.push(text, is_last)
+        return self.answer.emit(text)
 
 
 class ChatContext(str):

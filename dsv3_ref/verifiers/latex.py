@@ -11,6 +11,8 @@ CHARACTERS = str.maketrans({
     "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "，": ",", "％": "%",
 })  # fmt: skip
 REPLACEMENTS: dict[str, str | Callable[[re.Match[str]], str]] = {  # in this order
+    r"\\\\(?:\[[\d.]+[a-z]{2}\])?": r"\\cr ",  # the end of a row, before `\\ ` is read as a space
+    r",\s*\\!\s*": ",",  # thousands
     r"\\[!]|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle)(?![A-Za-z])\.?": "",
     r"\{,\}": ",",
     r"(?<=\d)(?:\\[,;: ]|~)(?=\d{3}(?!\d))": ",",  # thousands
@@ -21,7 +23,7 @@ REPLACEMENTS: dict[str, str | Callable[[re.Match[str]], str]] = {  # in this ord
     r"<=": r"\\le ", r">=": r"\\ge ", r"!=": r"\\ne ",
     r"\\(?:varnothing|emptyset)(?![A-Za-z])": r"\\{\\}",
     r"\\(?:land|lor)(?![A-Za-z])": lambda m: " and " if m[0] == r"\land" else " or ",
-    r"\\%|(?i:\bper ?cent(?:age)?\b)": "%",
+    r"\\%|(?i:\b(?:per ?cent(?:age)?|pct)\b)": "%",
     r"\\?\$|[€£¥]": "",  # of money, or around formulas
     r"^\s*\*\*(.*)\*\*\s*$": r"\1",  # bold in Markdown
     r"\*\*": "^",

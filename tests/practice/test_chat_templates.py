@@ -50,6 +50,18 @@ TALKS = {
 }
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_an_empty_answer_is_not_continued(name):
+    """abdulmominsakib/localmind pull request #11: clients send back an answer that failed as an
+    empty one. R1's prompt for an answer was then without its <think>."""
+    chat = chat_of(name)
+    want = chat.render_prompt(turns("a"))
+    for content in ("", " \n", None, []):
+        empty = {"role": "assistant", "content": content, "tool_calls": None}
+        assert chat.render_prompt([*turns("a"), empty]) == want
+    assert chat.render_prompt(turns("a", "b")) != want
+
+
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("name", FORMS)
 def test_tokens_are_those_of_transformers(name, talk):

@@ -27,7 +27,7 @@ from dsv3_ref.posttraining.prompts import held_out_problems
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install 'dsv3-ref[eval]'")
 
-from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM  # noqa: E402  after the skip
+from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, AnswerReader  # noqa: E402  after the skip
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,23 @@ def test_a_batch_gives_the_answers_of_single_requests(policy):
         stops = [how["until"]] if isinstance(how["until"], str) else how["until"]
         assert not any(stop and stop in answer for stop in stops)
     assert free == want[asked.index(("the sea", how | {"until": [], "max_gen_toks": 12}))]
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("so\n\nit is</think>\n\n2 and 3\n\n4", "2 and 3"), ("so\n\nit is 2", ""),
+    ("so</think>", ""), ("</think>2\n", "2\n"),
+])  # fmt: skip
+def test_a_stop_text_of_a_task_ends_no_thoughts(policy, text, answer):
+    """lm-evaluation-harness pull request #3700: “\\n\\n” ended the answers of R1 while it thought,
+    YongchengYAO/MedVision #19 too. The thoughts are no part of the answer."""
+    for opening, said in (("<think>\n", text), ("", f"<think>{text}")):
+        reader = AnswerReader(policy.tokenizer, ("\n\n",), opening)
+        found = "".join(reader.push([token]) for token in policy.chat.encode(said))
+        assert found + reader.flush() == answer
+        assert reader.ended is ("4" in text)
+    reader = AnswerReader(policy.tokenizer, ("\n\n",), None)  # a text that is no conversation
+    reader.push(policy.chat.encode(text))
+    assert reader.ended is ("\n\n" in text)
 
 
 def test_empty_texts(policy):

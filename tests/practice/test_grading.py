@@ -61,13 +61,26 @@ NUMBERS = [  # EleutherAI/lm-evaluation-harness #3254 ($29.00), evalscope #906 (
     ("**73**", "73", True), (r"\mathbf{73}", "73", True), (r"\(73\)", "73", True),
     ("1010_2", "1010_{2}", True), ("1010_2", "10", False), ("3.14", r"\pi", False),
 ]  # fmt: skip
+MATRIX = r"\begin{pmatrix}-1&0\\0&x\end{pmatrix}"
+MATRICES = [  # rasbt/reasoning-from-scratch #133: `\\ ` was read as a space, `,\! ` as a list
+    (r"\begin{pmatrix} -1 & 0 \\ 0 & x \end{pmatrix}", MATRIX, True),
+    (r"\begin{bmatrix} -1 & 0 \\[2pt] 0 & x \\ \end{bmatrix}", MATRIX, True),
+    (r"\begin{pmatrix} -1 & 0 \\ \, 0 & x\end{pmatrix}", MATRIX, True),
+    (r"\begin{pmatrix} -1 & 0 \\ 1 & x \end{pmatrix}", MATRIX, False),
+    (r"\begin{pmatrix} -1 & 0 & 0 & x \end{pmatrix}", MATRIX, False),
+    (r"11,\! 111,\! 111,\! 100", "11111111100", True), (r"1,\!000", "1000", True),
+    (r"1,\! 2,\! 3", "1, 2, 3", True), (r"1,\! 000", "1", False), ("528", "52_8", False),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \frac{\pi}{2})", True),  # Math-Verify #56
+    (r"(3, \frac{2\pi}{3})", r"\left( 3, \frac{\pi}{2} \right)", False),
+]  # fmt: skip
 UNICODE = [  # digits and signs of other keyboards
     ("−5", "-5", True), ("–5", "-5", True), ("５", "5", True), ("٣", "3", True), ("½", "0.5", True),
     ("1½", "3/2", True), ("x²", "x^2", True), ("√8", r"2\sqrt{2}", True), ("π/2", r"\pi/2", True),
     ("1.2 × 10^5", "120000", True), ("±2", r"\pm 2", True), ("∞", r"\infty", True),
     ("90°", r"90^\circ", True), ("х", "x", False),
 ]  # fmt: skip
-UNITS = [  # Math-Verify #67: 28% and 28
+UNITS = [  # Math-Verify #67: 28% and 28; #61: pct
+    ("28 pct", r"28\%", True), (r"28\text{ percent}", r"28\%", True), ("28 pct", "82%", False),
     ("18%", "18", True), ("50\\%", r"\frac12", True), ("28 percent", r"28\%", True),
     ("18 dollars", "18", True), ("18 apples", "81", False), ("5", "5 cm", True),
     (r"5\text{ cm}", "5 cm", True), ("5 km", "5 cm", False), (r"5 \mathrm{~cm}^2", "5", True),
@@ -100,7 +113,7 @@ EXPRESSIONS = [  # EleutherAI/lm-evaluation-harness #2212, openai/prm800k #19
     (r"\binom{5}{2}", "10", True), ("5!", "120", True), (r"\sec^2(y)", r"\tan^2(y)+1", True),
     ("4i+3", "3+4i", True), (r"e^{i\pi}", "-1", True), ("X", "x", False), ("", "18", False),
 ]  # fmt: skip
-PAIRS = EQUATIONS + PARTS + NUMBERS + UNICODE + UNITS + STRUCTURES + WORDS + EXPRESSIONS
+PAIRS = EQUATIONS + PARTS + NUMBERS + MATRICES + UNICODE + UNITS + STRUCTURES + WORDS + EXPRESSIONS
 
 
 @pytest.mark.parametrize("answer, truth, equal", PAIRS, ids=[f"{a} | {b}" for a, b, _ in PAIRS])
