@@ -18,7 +18,7 @@ from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.decode import Decoder
 from dsv3_ref.mla import attention, concat_nope_rope, up_project_kv
 from dsv3_ref.model import Transformer
-from dsv3_ref.ops import recompute
+from dsv3_ref.ops import recompute, save_instead
 from dsv3_ref.optim import TrainingRecipe
 from dsv3_ref.rope import rope_cos_sin
 
@@ -251,4 +251,19 @@ def attend_spans(
     parts = q_bshx.split([span.end - span.first_query for span in spans], dim=1)
     for part_bshx, (first, _, end) in zip(parts, spans):
         outputs.append(attention(part_bshx, k_bthx[:, first:end], v_bthv[:, first:end], scale))
-    return torch.cat(outputs, dim=1)
+    return concat_saved_once(outputs, dim=1)
+
+
+def concat_saved_once(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate tensors; a step that recomputes saves the result in place of the parts."""
+    whole = torch.cat(tuple(parts), dim)
+    start = 0
+    for part in parts:
+        save_instead(part.detach(), copy_part, whole.detach(), dim, start, part.shape[dim])
+        start += part.shape[dim]
+    return whole
+
+
+def copy_part(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """Return a contiguous copy of a part of an axis."""
+    return x.narrow(dim, start, length).contiguous()

@@ -479,8 +479,11 @@ def compute_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
 
 
 def defer_wgrad(weight: Tensor, wgrad_fn: WgradFn) -> Tensor | None:
-    """Return the result of `compute_wgrad`, or None inside `deferring_wgrads`, which stores it."""
-    if DEFERRED_WGRADS is None:
+    """Return the result of `compute_wgrad`, or None inside `deferring_wgrads`, which stores it.
+
+    A weight with the attribute `wgrad_at_once` is not deferred: its operands are too large to keep.
+    """
+    if DEFERRED_WGRADS is None or getattr(weight, "wgrad_at_once", False):
         return compute_wgrad(weight, wgrad_fn)
     DEFERRED_WGRADS.append((weight, wgrad_fn))
     return None

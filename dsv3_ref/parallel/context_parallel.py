@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.config import Config, ceil_div
-from dsv3_ref.long_context import attend_spans, merge_zigzag, query_spans, zigzag_chunks
+from dsv3_ref.fp8 import BLOCK_SIZE, E4M3
+from dsv3_ref.long_context import (
+    attend_spans,
+    concat_saved_once,
+    merge_zigzag,
+    query_spans,
+    zigzag_chunks,
+)
 from dsv3_ref.ops import recompute
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.rope import Rope
@@ -44,6 +51,30 @@ class AllGather(torch.autograd.Function):
         return dx, None
 
 
+def num_head_groups(h: int, wkv_b: Tensor, cp: int) -> int:
+    """Return in how many groups of heads to compute attention over the tokens of cp ranks.
+
+    The keys and values of a group take about twice the memory that those of all heads take for the
+    tokens of one rank. The rows of a group's weight are whole blocks of 128 in FP8.
+    """
+    sizes = [n for n in range(1, max(2, cp // 2 + 1)) if h % n == 0]
+    block = BLOCK_SIZE if wkv_b.dtype == E4M3 else 1
+    return max(n for n in sizes if n == 1 or len(wkv_b) // n % block == 0)
+
+
+def split_heads(weight: Tensor, n: int) -> list[Any]:
+    """Return the rows of a weight in n parts: views with their gradients, scales, and products.
+
+    Their weight gradients are not deferred, since their operands have the tokens of all ranks.
+    """
+    parts: list[Any] = list(weight.chunk(n))
+    for i, part in enumerate(parts):
+        part.wgrad_at_once = True
+        for name in {"main_grad", "scale"} & vars(weight).keys():
+            setattr(part, name, getattr(weight, name).chunk(n)[i])
+    return parts
+
+
 class SequencePart:
     """The tokens of a micro-batch's sequences that this rank computes: all, or those of a zig-zag.
 
@@ -59,8 +90,10 @@ class SequencePart:
         self.group, self.cu_seqlens = group, cu_seqlens
         self.s, self.end = s, s - ahead
         self.chunks: Sequence[range] = [range(self.end)]
+        self.size = 1
         if group is not None:
-            chunks = zigzag_chunks(s, dist.get_world_size(group), dist.get_rank(group))
+            self.size = dist.get_world_size(group)
+            chunks = zigzag_chunks(s, self.size, dist.get_rank(group))
             self.chunks = [c[: max(0, self.end - c.start)] for c in chunks]
 
     @property
@@ -113,19 +146,24 @@ class SequencePart:
     ) -> Tensor:  # fmt: skip
         """Compute attention of this rank's queries to the latents and rotary keys of all ranks.
 
-        The gathered latents are not saved: recomputation gathers them again.
+        Recomputation gathers the latents again instead of saving them, and computes keys and values
+        of a group of heads at a time.
         """
         bounds = [0, self.end] if self.cu_seqlens is None else self.cu_seqlens.tolist()
         kv_btx = recompute(self.all_gather, c_bsc, k_bsr)
         c_btc, k_btr = kv_btx.tensor_split([c_bsc.shape[-1]], dim=-1)
         spans = query_spans(self.chunks, bounds)
-        return attend_spans(q_bshi, q_bshr, c_btc, k_btr, wkv_b, scale, spans)
+        weights = split_heads(wkv_b, num_head_groups(q_bshi.shape[2], wkv_b, self.size))
+        outputs = []
+        for q_i, q_r, w in zip(*(q.chunk(len(weights), 2) for q in (q_bshi, q_bshr)), weights):
+            outputs.append(attend_spans(q_i, q_r, c_btc, k_btr, w, scale, spans))
+        return concat_saved_once(outputs, dim=2)
 
     def all_gather(self, c_bsc: Tensor, k_bsr: Tensor) -> Tensor:
         """Return latents and rotary keys of all ranks' tokens, in their order: (b, t, c + r)."""
         assert self.group is not None, "several ranks"
         x_bsx = torch.cat((c_bsc, k_bsr), dim=-1)
-        num_slots = 2 * ceil_div(self.s, 2 * dist.get_world_size(self.group))
+        num_slots = 2 * ceil_div(self.s, 2 * self.size)
         padded = F.pad(x_bsx, (0, 0, 0, num_slots - x_bsx.shape[1]))
         return merge_zigzag(AllGather.apply(padded, self.group))[:, : self.end]
 
