@@ -97,7 +97,7 @@ OPTION_GROUPS: dict[str, Groups] = {
     },
     "plan": {
         "training": "config seq_len global_batch_size precision",
-        "parallelism": "pp ep dp schedule zero ep_ranks_per_node",
+        "parallelism": "pp ep dp cp schedule zero ep_ranks_per_node",
         "hardware": "hardware",
         "serving": "unit context",
         "output": "out",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dsv3_ref.config import Config
 from dsv3_ref.dualpipe import Action, Step, iter_actions, output_of, schedule
+from dsv3_ref.parallel.context_parallel import num_head_groups
 from dsv3_ref.scale import (
     DispatchRows,
     activation_bytes_per_token,
@@ -30,10 +31,18 @@ class MemorySettings(NamedTuple):
     ep: int
     num_stages: int
     microbatches: int
-    tokens: int  # of a micro-batch, which is one sequence
+    tokens: int  # of a micro-batch, which is one sequence, on this rank
     fp8: bool
     stream: int  # bytes per number of the residual stream and of messages between stages
     rows: DispatchRows
+    cp: int = 1  # ranks that share a sequence
+
+    def mtp_tokens(self, k: int) -> int:
+        """Return the tokens of a micro-batch in the MTP module of depth k.
+
+        Among ranks that share a sequence only one has the last k tokens, which MTP leaves out.
+        """
+        return self.tokens - k if self.cp == 1 else self.tokens
 
 
 # ── What a micro-batch leaves behind in a stage ──
@@ -60,7 +69,9 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
     config, s = at.config, at.tokens
     d, r = config.dim, config.qk_rope_head_dim
     layers = partition_layers(config, at.num_stages)[stage]
+    token = 8 if at.cp > 1 else 0  # bytes of the own tokens' ids, which are copied from their rows
     saved: Bytes = Counter({"rotations": 4 * r * s if layers else 0})
+    saved["token ids"] += token * s * (stage == 0)
     for layer in layers:
         saved += block_activations(at, layer < config.n_dense_layers, s, at.stream)
     if stage < at.num_stages - 1:
@@ -68,8 +79,9 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
     # a loss leaves the gradient of its hidden state in bf16; the norm saves its input and 1/ρ
     saved["heads"] += s * (at.stream * d + 4 + 2 * d)
     for k in range(1, config.n_mtp_layers + 1):
-        n = s - k
+        n = at.mtp_tokens(k)
         saved["rotations"] += 4 * r * n
+        saved["token ids"] += token * n
         saved["heads"] += n * (at.stream * d + 4 + 4)  # embedding and the norms of both inputs
         saved += block_activations(at, False, n, 2)
         saved["heads"] += n * (2 * d + 4 + 2 * d)
@@ -96,7 +108,7 @@ def block_wgrads(at: MemorySettings, dense: bool, tokens: int) -> int:
     num_bytes = 0 if dense else count_bytes(at)
     local = at.config.n_routed_experts // at.ep
     for name, gemm in block_gemms(at.config, dense).items():
-        if name == "gate":  # computed at once
+        if name == "gate" or (name == "wkv_b" and at.cp > 1):  # computed at once
             continue
         routed = name.startswith("routed")
         rows, groups = tokens * gemm.rows_per_token, local if routed else 1
@@ -116,8 +128,27 @@ def stage_wgrads(at: MemorySettings, stage: int) -> int:
         num_bytes += block_wgrads(at, layer < config.n_dense_layers, at.tokens)
     if stage == at.num_stages - 1:
         for k in range(1, config.n_mtp_layers + 1):
-            num_bytes += block_wgrads(at, False, at.tokens - k)
+            num_bytes += block_wgrads(at, False, at.mtp_tokens(k))
     return num_bytes
+
+
+# ── While attention runs ──
+
+
+def attention_buffers(at: MemorySettings) -> Bytes:
+    """Return what the attention of one layer holds in its backward pass if ranks share sequences.
+
+    Latents are gathered and then put in order. Keys and values are those of a group of heads, each
+    with its gradient; the sum over the two chunks of a rank takes two more.
+    """
+    c, t = at.config, at.cp * at.tokens
+    num_rows = c.n_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    heads = c.n_heads // num_head_groups(c.n_heads, num_rows, at.cp, at.fp8)
+    x = c.qk_nope_head_dim + c.qk_rope_head_dim
+    return Counter({
+        "gathered latents": 2 * 2 * t * (c.kv_lora_rank + c.qk_rope_head_dim),
+        "keys and values": 4 * 2 * t * heads * (x + c.v_head_dim),
+    })  # fmt: skip
 
 
 # ── Messages ──

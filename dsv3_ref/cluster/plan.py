@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 
 from dsv3_ref.checkpoints.layout import is_expert
-from dsv3_ref.cluster.memory import Bytes, MemorySettings, peak_usage
+from dsv3_ref.cluster.memory import Bytes, MemorySettings, attention_buffers, peak_usage
 from dsv3_ref.cluster.step_time import StepSettings, pipeline_spans, waterfall
 from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import (
@@ -28,6 +28,7 @@ from dsv3_ref.inference_scale import (
     prefill_throughput,
 )
 from dsv3_ref.inference_scale import weight_bytes as weights_on
+from dsv3_ref.long_context import kv_cache_numbers_per_token
 from dsv3_ref.parallel.bucket import (
     Precision,
     bucket_key,
@@ -50,7 +51,7 @@ from dsv3_ref.scale import (
     training_flops_per_token,
     wall_clock_factor,
 )
-from dsv3_ref.training.settings import check_rules, mesh_rules
+from dsv3_ref.training.settings import check_rules, context_rules, mesh_rules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,6 +75,8 @@ class PlanConfig:
     """expert-parallel degree: ranks that share the experts of a layer"""
     dp: int = 2
     """data-parallel degree: copies of the mesh of pp × ep ranks"""
+    cp: int = 1
+    """context-parallel degree, a divisor of dp × ep: ranks that share sequences"""
     schedule: Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"] = "dualpipe"
     """pipeline schedule"""
     seq_len: int = 4096
@@ -196,7 +199,7 @@ def count_params_by_rank(
 
 def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
     """Return what the memory of a rank depends on besides its weights."""
-    per_pipeline = plan.global_batch_size // (plan.dp * plan.ep)
+    per_pipeline = plan.global_batch_size * plan.cp // (plan.dp * plan.ep)
     return MemorySettings(
         config=config,
         schedule=plan.schedule,
@@ -204,10 +207,11 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
         ep=plan.ep,
         num_stages=num_stages(plan),
         microbatches=min_microbatches(plan.schedule, plan.pp, per_pipeline),
-        tokens=plan.seq_len,
+        tokens=plan.seq_len // plan.cp,
         fp8=plan.precision == "fp8",
         stream=2,  # bf16 in both precisions
         rows=dispatch_rows(config, plan.ep, plan.ep_ranks_per_node),
+        cp=plan.cp,
     )
 
 
@@ -250,7 +254,7 @@ def count_communicators(plan: PlanConfig, config: Config) -> dict[str, int]:
     """
     stages = stages_by_rank(plan.schedule, plan.pp)
     owners = {owning_ranks(name, config, stages) for name in parameter_shapes(config)}
-    layouts = [MeshLayout(plan.pp, 1, plan.ep, p * plan.ep) for p in range(plan.pp)]
+    layouts = [MeshLayout(plan.pp, 1, plan.ep, p * plan.ep, plan.cp) for p in range(plan.pp)]
     counts = [layout.count_communicators(owners, plan.ep_ranks_per_node) for layout in layouts]
     return max(counts, key=lambda count: sum(count.values()))
 
@@ -259,7 +263,7 @@ def bytes_sent(
     plan: PlanConfig, config: Config, counts: list[ParamCounts], stages: list[tuple[int, ...]]
 ) -> dict[str, int]:
     """Return the bytes that a GPU sends per step by link, of the rank that sends most."""
-    tokens = float(plan.global_batch_size // (plan.dp * plan.ep) * plan.seq_len)
+    tokens = plan.global_batch_size * plan.seq_len / (plan.dp * plan.ep)
     if plan.schedule == "dualpipe":
         tokens /= 2  # two ranks hold each stage and share its micro-batches
     row_bytes = sum(dispatch_bytes(config, plan.precision == "fp8"))  # to the expert and back
@@ -267,16 +271,20 @@ def bytes_sent(
     moe_layers = [sum(i >= config.n_dense_layers for i in layers) for layers in layers_by_stage]
     moe_layers[-1] += config.n_mtp_layers
     num_moe_layers = max(sum(moe_layers[s] for s in own) for own in stages)
+    num_layers = max(sum(len(layers_by_stage[s]) for s in own) for own in stages)
     across, inside = (
         2 * copies * tokens * num_moe_layers  # forward and backward
         for copies in dispatch_copies(config, plan.ep, plan.ep_ranks_per_node)
     )
     pipeline = 2 * len(stages[0]) * tokens * 2 * config.dim if plan.pp > 1 else 0
+    # gathered in both passes; their gradients are summed in the backward pass
+    latents = 3 * (plan.cp - 1) * tokens * num_layers * 2 * kv_cache_numbers_per_token(config)
     gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in counts)
     return {
         "experts, across nodes": round(across * row_bytes),
         "experts, inside nodes": round(inside * row_bytes),
         "pipeline": round(pipeline),
+        "latents of sequences": round(latents),
         "gradients and weights": round(2 * gradients),
     }
 
@@ -315,7 +323,9 @@ def step_settings(plan: PlanConfig, config: Config, steps: list[list[Step]]) -> 
     """Return what the duration of the pipeline depends on, apart from rates and overheads."""
     n = num_stages(plan)
     params = params_by_stage(config, n, plan.ep)
-    return StepSettings(config, steps, n, plan.seq_len, plan.ep, plan.ep_ranks_per_node, params)
+    return StepSettings(
+        config, steps, n, plan.seq_len // plan.cp, plan.ep, plan.ep_ranks_per_node, params, plan.cp
+    )
 
 
 @cache
@@ -330,13 +340,14 @@ def params_by_stage(config: Config, num_stages: int, ep: int) -> list[int]:
 
 def validate_plan(plan: PlanConfig, config: Config) -> None:
     """Raise a `UserError` if a plan is invalid."""
-    for name in ("pp", "ep", "dp", "seq_len", "global_batch_size", "ep_ranks_per_node"):
+    for name in ("pp", "ep", "dp", "cp", "seq_len", "global_batch_size", "ep_ranks_per_node"):
         if getattr(plan, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    pipes = plan.dp * plan.ep
     check_rules(mesh_rules(config, plan.pp, plan.ep, plan.schedule, plan.ep_ranks_per_node))
+    check_rules(context_rules(config, plan.seq_len, plan.cp, plan.dp, plan.ep))
+    pipes, divisor = plan.dp * plan.ep // plan.cp, " / --cp" if plan.cp > 1 else ""
     if plan.global_batch_size % pipes:
-        raise UserError(f"--global-batch-size must be a multiple of --dp × --ep = {pipes}")
+        raise UserError(f"--global-batch-size must be a multiple of --dp × --ep{divisor} = {pipes}")
 
 
 # ── A serving unit ──
@@ -456,6 +467,12 @@ def format_usage(result: Estimate) -> str:
     return "\n".join(lines)
 
 
+def format_buffers(result: Estimate) -> str:
+    """Return what attention holds while it runs, in GB by kind."""
+    buffers = attention_buffers(memory_settings(result.plan, result.model))
+    return ", ".join(f"{kind} {n / 1e9:.1f} GB" for kind, n in buffers.items())
+
+
 def format_waterfall(result: Estimate) -> str:
     """Return what each assumption adds to a step, and the sum beside the report's step."""
     plan, tokens = result.plan, result.plan.global_batch_size * result.plan.seq_len
@@ -475,14 +492,17 @@ def format_estimate(result: Estimate) -> str:
     tokens = plan.global_batch_size * plan.seq_len
     speed = result.flops / result.gpus / result.seconds
     rows = plan.global_batch_size / result.seconds
+    rows_per_index = rows * plan.cp / plan.dp / plan.ep
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
-    sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items())
+    sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items() if n)
     communicators = ", ".join(f"{k} {n}" for k, n in result.communicators.items() if n)
-    mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}"
+    mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}" + f", cp {plan.cp}" * (plan.cp > 1)
     left = f"leaves {(m.memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, CUDA's context"
     memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
     memory += f" and {left}" if top <= m.memory else ""
+    if plan.cp > 1:
+        memory += f"\nattention's part of the working set: {format_buffers(result)}"
     duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
     cost = f"${result.hours * m.dollars_per_hour / 1e3:,.0f}K at ${m.dollars_per_hour:g} per hour"
     return f"""\
@@ -502,7 +522,7 @@ step: {result.flops:.3g} FLOPs; {duration}
 the step as a sum, in seconds, in the order in which assumptions are added (chapter 17):
 {format_waterfall(result)}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
-{rows:,.0f} rows of data per second, {rows / plan.dp / plan.ep:,.1f} per data-parallel index
+{rows:,.0f} rows of data per second, {rows_per_index:,.1f} per data-parallel index
 overheads assumed (chapter 17): {overheads}
 {result.hours / 1e3:,.1f}K GPU hours per trillion tokens, {cost}; \
 without overheads {best / 1e3:,.1f}K \

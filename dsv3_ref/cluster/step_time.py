@@ -8,9 +8,13 @@ from dsv3_ref.dualpipe import Span, Step, simulate
 from dsv3_ref.scale import (
     NO_OVERHEADS,
     AchievedRates,
+    BlockTime,
     Overheads,
     StageCosts,
     accumulation_seconds,
+    add_times,
+    attention_flops,
+    block_gemms,
     dispatch_copies,
     pair_factor,
     partition_layers,
@@ -28,6 +32,7 @@ class StepSettings(NamedTuple):
     ep: int
     ranks_per_node: int
     params: list[int]  # on a rank, by stage
+    cp: int = 1  # ranks that share a sequence
 
 
 def stage_times(at: StepSettings, rates: AchievedRates, overheads: Overheads) -> StageCosts:
@@ -35,11 +40,33 @@ def stage_times(at: StepSettings, rates: AchievedRates, overheads: Overheads) ->
     layers = partition_layers(at.config, at.num_stages)
     copies = dispatch_copies(at.config, at.ep, at.ranks_per_node)
     seconds = stage_seconds(at.config, rates, layers, at.tokens, copies, overheads)
-    times = [
-        t._replace(w=t.w + accumulation_seconds(rates, overheads, n))
-        for t, n in zip(seconds, at.params)
-    ]
+    shared = shared_attention_seconds(at, rates)
+    times = []
+    for t, n, part in zip(seconds, at.params, layers):
+        t = t._replace(w=t.w + accumulation_seconds(rates, overheads, n))
+        num_layers = len(part) + at.config.n_mtp_layers * (part is layers[-1])
+        times.append(add_times([t, *[shared] * num_layers]))
     return StageCosts(times, pair_factor(at.config, rates, at.tokens, copies, overheads))
+
+
+def shared_attention_seconds(at: StepSettings, rates: AchievedRates) -> BlockTime:
+    """Return what the attention of a layer takes longer because cp ranks share its sequence.
+
+    Queries see the keys of all ranks, which every rank computes from latents. These are gathered,
+    gathered again for the backward pass, and their gradients summed; nothing hides that.
+    """
+    if at.cp == 1:
+        return BlockTime(0, 0, 0, 0)
+    c, s, others = at.config, at.tokens, (at.cp - 1) * at.tokens
+    shared, alone = (attention_flops(c, t) for t in (at.cp * s, s))
+    up = others * block_gemms(c, False)["wkv_b"].flops / rates.gemm
+    forward = s * (shared[0] - alone[0]) / rates.attention + up
+    backward = s * (shared[1] - alone[1]) / rates.attention_backward
+    backward += 3 * up  # recomputation, Dgrad and Wgrad
+    link = rates.nvlink if at.cp <= at.ranks_per_node else rates.ib
+    latents = others * 2 * (c.kv_lora_rank + c.qk_rope_head_dim) / link
+    sms = rates.compute_sms
+    return BlockTime(forward / sms + latents, backward / sms + 2 * latents, 0, 0)
 
 
 def pipeline_spans(at: StepSettings, rates: AchievedRates, overheads: Overheads) -> list[Span]:

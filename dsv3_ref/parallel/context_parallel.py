@@ -51,15 +51,15 @@ class AllGather(torch.autograd.Function):
         return dx, None
 
 
-def num_head_groups(h: int, wkv_b: Tensor, cp: int) -> int:
+def num_head_groups(h: int, num_rows: int, cp: int, fp8: bool) -> int:
     """Return in how many groups of heads to compute attention over the tokens of cp ranks.
 
     The keys and values of a group take about twice the memory that those of all heads take for the
-    tokens of one rank. The rows of a group's weight are whole blocks of 128 in FP8.
+    tokens of one rank. num_rows: of W^UK and W^UV; the rows of a group are whole blocks in FP8.
     """
-    sizes = [n for n in range(1, max(2, cp // 2 + 1)) if h % n == 0]
-    block = BLOCK_SIZE if wkv_b.dtype == E4M3 else 1
-    return max(n for n in sizes if n == 1 or len(wkv_b) // n % block == 0)
+    block = BLOCK_SIZE if fp8 else 1
+    sizes = [n for n in range(2, cp // 2 + 1) if h % n == 0 and num_rows // n % block == 0]
+    return max(sizes, default=1)
 
 
 def split_heads(weight: Tensor, n: int) -> list[Any]:
@@ -153,7 +153,9 @@ class SequencePart:
         kv_btx = recompute(self.all_gather, c_bsc, k_bsr)
         c_btc, k_btr = kv_btx.tensor_split([c_bsc.shape[-1]], dim=-1)
         spans = query_spans(self.chunks, bounds)
-        weights = split_heads(wkv_b, num_head_groups(q_bshi.shape[2], wkv_b, self.size))
+        h = q_bshi.shape[2]
+        fp8 = wkv_b.dtype == E4M3
+        weights = split_heads(wkv_b, num_head_groups(h, len(wkv_b), self.size, fp8))
         outputs = []
         for q_i, q_r, w in zip(*(q.chunk(len(weights), 2) for q in (q_bshi, q_bshr)), weights):
             outputs.append(attend_spans(q_i, q_r, c_btc, k_btr, w, scale, spans))

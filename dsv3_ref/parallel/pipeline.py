@@ -206,7 +206,7 @@ class Pipeline:
         objective: Objective = NEXT_TOKEN_LOSS, micro_batch: int = 0,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        self.micro_batch = micro_batch
+        self.cp_group, self.micro_batch = mesh.cp_group, micro_batch
         self.schedule_name, self.objective = schedule_name, objective
         num_stages = count_stages(stages_by_rank)
         self.last = num_stages - 1
@@ -324,7 +324,7 @@ class Pipeline:
         for part, weight in zip(rows, weights, strict=True):
             model_input = self.objective.model_input(part)
             s = model_input.tokens_bs.shape[1]
-            sequence = SequencePart(self.mesh.cp_group, s, model_input.cu_seqlens)
+            sequence = SequencePart(self.cp_group, s, model_input.cu_seqlens)
             microbatches.append(MicroBatch(part, model_input, sequence, weight, stats, readout))
         return microbatches
 

@@ -26,6 +26,7 @@ CONFIG = replace(
     TINY, vocab_size=500, n_layers=5, n_dense_layers=1, n_routed_experts=16,
     n_activated_experts=4, embed_std=0.02,
 )  # fmt: skip
+WITHOUT_MTP = replace(CONFIG, n_mtp_layers=0)
 S = 48  # tokens of a micro-batch
 WORKING_SET = 8_000_000  # within a step: FP8 is emulated in fp32, weights included
 
@@ -138,14 +139,19 @@ def bytes_by_kind(live: LiveStorages, run: PipelineRun, known: set[int]) -> Coun
     return found
 
 
-def count_step(shape, name: str, batch: int, ranks_per_node: int):
-    """Return (pp rank, bytes by kind after each step of the schedule, the most within a step)."""
-    mesh, recipe = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
+def count_step(shape, name: str, batch: int, ranks_per_node: int, cp: int = 1):
+    """Return (pp rank, bytes by kind after each step of the schedule, the most within a step).
+
+    Ranks that share sequences have no MTP module, for which one of them has fewer tokens.
+    """
+    config = CONFIG if cp == 1 else WITHOUT_MTP
+    mesh = Mesh(*shape, torch.device("cpu"), cp=cp)
+    recipe = replace(RECIPES["tiny"], max_grad_norm=1e9)
     engine = ParallelEngine(
-        CONFIG, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True,
+        config, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True,
         precision="fp8",
     )  # fmt: skip
-    rows = torch.randint(CONFIG.vocab_size, (batch, S + 1))
+    rows = torch.randint(config.vocab_size, (batch, cp * S + 1))
     counted, run_step = [], PipelineRun.run_step
 
     def measured_step(run, step):
@@ -178,12 +184,13 @@ def gang():
     pool.stop()
 
 
-def settings(name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int):
+def settings(name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int, cp: int = 1):
     """Return what the plan of such a mesh depends on."""
     num_stages = 2 * pp if name == "dualpipev" else pp
     with kernels_like():
         rows = dispatch_rows(CONFIG, ep, ranks_per_node or ep)
-    return MemorySettings(CONFIG, name, pp, ep, num_stages, microbatches, S, True, 2, rows)
+    config = CONFIG if cp == 1 else WITHOUT_MTP
+    return MemorySettings(config, name, pp, ep, num_stages, microbatches, S, True, 2, rows, cp)
 
 
 SHORT = [(name, 2, 2, 0, 4) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
@@ -199,7 +206,28 @@ def test_ranks_hold_what_was_planned_to_the_byte(name, pp, ep, ranks_per_node, m
     """After every step of the schedule, not only at the peak, and on every rank."""
     at = settings(name, pp, ep, m, ranks_per_node)
     mesh = (pp, 1, ep)
-    for rank, counted, within in gang.run(pp * ep, count_step, mesh, name, m * ep, ranks_per_node):
+    check_bytes(at, gang.run(pp * ep, count_step, mesh, name, m * ep, ranks_per_node))
+
+
+SHARED = [
+    ("dualpipe", 2, 2, 2, 4),
+    *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in [("1f1b", 2, 2, 2, 3), ("zb1p", 2, 2, 2, 4), ("dualpipev", 1, 4, 4, 2)]
+    ),
+]
+
+
+@pytest.mark.parametrize("name, pp, ep, cp, m", SHARED)
+def test_ranks_that_share_sequences_hold_what_was_planned(name, pp, ep, cp, m, gang):
+    """Their activations are those of their own tokens; gathered latents are not kept."""
+    at = settings(name, pp, ep, m, 0, cp)
+    check_bytes(at, gang.run(pp * ep, count_step, (pp, 1, ep), name, m * ep // cp, 0, cp))
+
+
+def check_bytes(at: MemorySettings, answers) -> None:
+    """Compare what each rank holds after every step with the plan, by kind."""
+    for rank, counted, within in answers:
         planned = usage_after_steps(at, rank)
         for i, (want, got) in enumerate(zip(planned, counted, strict=True)):
             wgrads, messages = want["deferred weight gradients"], want["messages"]

@@ -13,7 +13,8 @@ from torch.distributed import distributed_c10d
 
 from dsv3_ref import ops
 from dsv3_ref.cli.main import main
-from dsv3_ref.cluster.plan import PlanConfig, estimate, params_by_rank
+from dsv3_ref.cluster.memory import attention_buffers
+from dsv3_ref.cluster.plan import PlanConfig, estimate, memory_settings, params_by_rank
 from dsv3_ref.cluster.step_time import pipeline_spans, waterfall
 from dsv3_ref.config import TINY, V3, UserError, count_params
 from dsv3_ref.optim import RECIPES
@@ -47,6 +48,35 @@ def test_every_parameter_of_v3_is_held_as_often_as_the_mesh_says():
 def test_dualpipe_holds_one_micro_batch_more_than_stages(v3):
     assert v3.in_flight == [17] * 16
     assert estimate(PlanConfig(schedule="1f1b")).in_flight == [*range(16, 0, -1)]
+
+
+PHASES = (
+    PlanConfig(seq_len=32_768, global_batch_size=1920, cp=8),
+    PlanConfig(seq_len=131_072, global_batch_size=480, cp=32),
+)
+
+
+@pytest.mark.parametrize("phase", PHASES, ids=["32k", "128k"])
+def test_the_long_phases_fit_in_80_gb_as_120_micro_batches_of_4096_tokens(phase, v3):
+    """cp divides the activations: a rank holds those of pre-training, without Wgrads of wkv_b."""
+    e = estimate(phase)
+    assert e.in_flight == v3.in_flight
+    for got, want in zip(e.ranks, v3.ranks):
+        assert got.gpu <= want.gpu + 1e6 and got[:4] == want[:4]
+    buffers = attention_buffers(memory_settings(phase, V3))
+    assert max(rank.gpu for rank in e.ranks) + buffers.total() < 70e9
+    latent = 2 * (V3.kv_lora_rank + V3.qk_rope_head_dim)
+    assert buffers["gathered latents"] == 2 * phase.seq_len * latent
+    with pytest.raises(UserError, match="must be a multiple of --dp × --ep = 128"):
+        estimate(replace(phase, cp=1, global_batch_size=1000))
+    alone = estimate(replace(phase, cp=1, global_batch_size=1920))
+    assert min(rank.gpu for rank in alone.ranks) > 80e9
+
+
+def test_both_long_phases_cost_less_than_the_report_says():
+    """The report: 119K GPU hours for 1,000 steps each (§1), by a layout that it does not state."""
+    hours = [1000 * p.seq_len * p.global_batch_size / 1e12 * estimate(p).hours for p in PHASES]
+    assert 80e3 < sum(hours) < 119e3 and hours[0] < hours[1]
 
 
 def test_the_bill_is_that_of_chapter_17_and_what_follows_the_pipeline(v3):
@@ -129,7 +159,7 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path, gang):
     config.write_text(json.dumps(asdict(SMALL)))
     e = estimate(
         PlanConfig(
-            str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
+            str(config), 2, 4, 1, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
         )
     )
     seen = gang.run(8, lived, (2, 1, 4), name, 16, 64, 2)
@@ -144,9 +174,9 @@ def test_real_ranks_hold_and_send_what_was_planned(name, tmp_path, gang):
         assert max(sent) == pytest.approx(e.sent[what], rel=0.15), link  # first gates are uneven
 
 
-def opened(shape, name: str, ranks_per_node: int):
+def opened(shape, name: str, ranks_per_node: int, cp: int):
     """Return the number of communicators that a rank uses, as NCCL counts them."""
-    mesh, pairs = Mesh(*shape, torch.device("cpu")), set()
+    mesh, pairs = Mesh(*shape, torch.device("cpu"), cp=cp), set()
     warmed = set(product(("up", "down"), map(mesh.rank_of, mesh.neighbors())))
     names = {mesh.up_group: "up", mesh.down_group: "down"}
     with pytest.MonkeyPatch.context() as patch:
@@ -170,14 +200,14 @@ def recorded(call, place: int, pairs: set, names: dict):
     return record
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
-def test_real_ranks_open_as_many_communicators_as_planned(name, tmp_path, gang):
+@pytest.mark.parametrize("name, cp", [("1f1b", 1), ("dualpipe", 4), ("dualpipev", 1)])
+def test_real_ranks_open_as_many_communicators_as_planned(name, cp, tmp_path, gang):
     config = tmp_path / "small.json"
     config.write_text(json.dumps(asdict(replace(SMALL, n_layers=8))))
     plan = PlanConfig(
-        str(config), 2, 4, 1, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
+        str(config), 2, 4, 1, cp, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
     )
-    counted = gang.run(8, opened, (2, 1, 4), name, 2)
+    counted = gang.run(8, opened, (2, 1, 4), name, 2, cp)
     assert max(counted) == sum(estimate(plan).communicators.values())
 
 
@@ -233,6 +263,13 @@ def test_v3_is_printed_with_all_its_ranks(v3, capsys, tmp_path):
         ),
         (["--ep-ranks-per-node", "6"], "--ep 64 must be a multiple of --ep-ranks-per-node 6"),
         (["--dp", "0"], "--dp must be at least 1"),
+        (["--cp", "0"], "--cp must be at least 1"),
+        (["--cp", "3"], "--cp 3 must divide --dp 2 × --ep 64 = 128"),
+        (["--cp", "8", "--seq-len", "4104"], "--seq-len 4104 must be a multiple of 2 × --cp 8"),
+        (
+            ["--cp", "8", "--global-batch-size", "100"],
+            "--global-batch-size must be a multiple of --dp × --ep / --cp = 16",
+        ),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused_in_a_sentence(options, sentence, capsys):

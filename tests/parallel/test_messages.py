@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from functools import cache
+from math import gcd
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,7 @@ def empty_pipeline(name: str, mesh) -> Pipeline:
     """Return a pipeline whose messages are real and whose stages compute nothing."""
     empty, stages = Pipeline.__new__(Pipeline), stages_by_rank(name, mesh.pp)
     empty.config, empty.mesh = SimpleNamespace(dim=1), mesh
+    empty.cp_group = None
     empty.schedule_name, empty.dtype = name, torch.float32
     empty.last = count_stages(stages) - 1
     empty.stages = {s: EmptyStage(s == 0) for s in stages[mesh.pp_rank]}
@@ -312,15 +314,15 @@ def owners_of(name: str, pp: int):
 
 @settings(max_examples=30)
 @given(st.sampled_from(list(SCHEDULES)), st.sampled_from([1, 2, 4, 6]), st.integers(1, 3),
-       st.sampled_from([1, 2, 4]), st.sampled_from([0, 2, 8]))  # fmt: skip
-def test_all_members_of_a_group_have_as_many_groups_before_it(name, pp, dp, ep, ranks_per_node):
+       st.sampled_from([1, 2, 4]), st.sampled_from([0, 2, 8]), st.integers(1, 12))  # fmt: skip
+def test_all_members_of_a_group_have_as_many_groups_before_it(name, pp, dp, ep, ranks_per_node, cp):
     """torch.distributed derives a group's name from that number: else its members never meet."""
     owners, seen = owners_of(name, pp), {}
     for rank in range(pp * dp * ep):
-        layout = MeshLayout(pp, dp, ep, rank)
+        layout = MeshLayout(pp, dp, ep, rank, gcd(cp, dp * ep))
         groups = [layout.pipeline_ranks(), layout.pipeline_ranks()]
         groups += layout.reduce_ranks(owners).values()
-        groups += layout.expert_ranks(ranks_per_node)
+        groups += [*layout.expert_ranks(ranks_per_node), layout.context_ranks()]
         for number, ranks in enumerate(groups):
             assert rank in ranks and ranks == sorted(set(ranks))
             seen.setdefault((number, *ranks), []).append(rank)
