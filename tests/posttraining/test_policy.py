@@ -73,6 +73,8 @@ def test_long_prompts_keep_their_last_tokens(model):
     with pytest.raises(UserError, match="x: 2 of 4 prompts have up to 6 tokens, .*--truncate"):
         truncate_prompts(model, prompts, 60, "x", False)
     assert truncate_prompts(model, prompts, LIMIT - 1, "x", True)[0] == [[4], [5], [7], [6]]
+    with pytest.raises(UserError, match="x: 3 of 4 prompts .*--truncate"):
+        truncate_prompts(model, prompts, LIMIT - 1, "x", False)
     with pytest.raises(UserError, match="x: 4 of 4 prompts") as e:  # no room at all
         truncate_prompts(model, prompts, LIMIT, "x", True)
     assert "--truncate" not in str(e.value)
