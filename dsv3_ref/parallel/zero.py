@@ -27,7 +27,58 @@ from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.watchdog import track_operation
 
 
-class ZeroOptimizer:
+class ShardOptimizer:
+    """AdamW over this rank's shards of the master weights, by their names."""
+
+    def __init__(self, mesh: Mesh, shards: dict[str, nn.Parameter], adamw: AdamW):
+        self.mesh, self.adamw = mesh, adamw
+        self.shards = shards
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return this rank's shards of the master weights."""
+        return dict(self.shards)
+
+    def adamw_state(self, shard: Tensor) -> dict[str, Tensor]:
+        """Return AdamW's state of a shard; initialize it if there was no step yet."""
+        if not self.adamw.state[shard]:
+            self.adamw.state[shard] = self.adamw.init_state(shard)
+        return self.adamw.state[shard]
+
+    def moments(self, shard: Tensor) -> dict[str, Tensor]:
+        """Return AdamW's moments of a shard."""
+        state = self.adamw_state(shard)
+        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+
+    @property
+    def step_count(self) -> int:
+        """The number of steps that the moments include."""
+        steps = [self.adamw_state(shard)["step"] for shard in self.shards.values()]
+        return int(torch.stack(steps).max())
+
+    @step_count.setter
+    def step_count(self, n: int) -> None:
+        for shard in self.shards.values():
+            self.adamw_state(shard)["step"].fill_(n)
+
+    def clip_grads(self, grads: Sequence[Tensor], squares: Tensor, max_norm: float) -> float:
+        """Clip gradients to max_norm in place; return their norm over all ranks before.
+
+        squares: the sum of this rank's squares, in fp64.
+        """
+        norm = math.sqrt(self.mesh.all_reduce_sum(squares).item())
+        scale = min(1.0, max_norm / (norm + 1e-6))
+        for g in grads:
+            g.mul_(scale)
+        return norm
+
+    def update(self, lr: float) -> None:
+        """Update this rank's shards."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+
+
+class ZeroOptimizer(ShardOptimizer):
     """AdamW over the shards of all buckets, which are its master weights."""
 
     def __init__(
@@ -35,7 +86,6 @@ class ZeroOptimizer:
         stages_by_rank: Sequence[Sequence[int]], recipe: TrainingRecipe, moments: torch.dtype,
         sharded: bool = True, precision: Precision = "fp32",
     ):  # fmt: skip
-        self.mesh = mesh
         named: dict[BucketKey, dict[str, nn.Parameter]] = defaultdict(dict)
         for name, p in model.named_parameters():
             named[bucket_key(name, p.ndim, config, stages_by_rank, precision)][name] = p
@@ -47,7 +97,8 @@ class ZeroOptimizer:
             self.buckets.append(bucket)
             decay = recipe.weight_decay if key.is_matrix else 0.0
             groups.append({"params": [bucket.shard], "weight_decay": decay})
-        self.adamw = AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), moments)
+        adamw = AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), moments)
+        super().__init__(mesh, {str(i): b.shard for i, b in enumerate(self.buckets)}, adamw)
         self.gather_weights()
 
     def reduce_and_clip_grads(self, max_norm: float) -> float:
@@ -58,17 +109,11 @@ class ZeroOptimizer:
         squares = sum(
             g.double().square().sum() / (1 if b.sharded else b.size) for b, g in grads
         )  # a gradient that every rank of a group holds counts once
-        norm = math.sqrt(self.mesh.all_reduce_sum(torch.as_tensor(squares)).item())
-        scale = min(1.0, max_norm / (norm + 1e-6))
-        for _, g in grads:
-            g.mul_(scale)
-        return norm
+        return self.clip_grads([g for _, g in grads], torch.as_tensor(squares), max_norm)
 
     def step(self, lr: float) -> None:
         """Update this rank's shards and collect those of the other ranks."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
+        self.update(lr)
         self.gather_weights()
 
     @torch.no_grad()
@@ -84,29 +129,13 @@ class ZeroOptimizer:
         for b in self.buckets:
             torch.autograd.graph.increment_version(b.params)
 
-    def adamw_state(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Return AdamW's state of this rank's shard; initialize it if there was no step yet."""
-        shard = bucket.shard
-        if not self.adamw.state[shard]:
-            self.adamw.state[shard] = self.adamw.init_state(shard)
-        return self.adamw.state[shard]
-
-    def moments(self, bucket: Bucket) -> dict[str, Tensor]:
-        """Return AdamW's moments of this rank's shard of a bucket."""
-        state = self.adamw_state(bucket)
-        return {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-
     @property
     def bytes(self) -> StateBytes:
         """The bytes of this rank's weights, masters, gradients and moments."""
         parts = [b.bytes for b in self.buckets]
         for b in self.buckets:
-            parts.append(StateBytes(0, 0, 0, sum(x.nbytes for x in self.moments(b).values())))
+            parts.append(StateBytes(0, 0, 0, sum(x.nbytes for x in self.moments(b.shard).values())))
         return StateBytes(*map(sum, zip(*parts)))
-
-    def masters(self) -> dict[str, Tensor]:
-        """Return this rank's shards of the master weights, by the number of the bucket."""
-        return {str(i): b.shard for i, b in enumerate(self.buckets)}
 
     def ranges(
         self, more: Mapping[str, Mapping[str, Tensor]], once: bool
@@ -118,20 +147,10 @@ class ZeroOptimizer:
         """
         for i, bucket in enumerate(self.buckets):
             others = {kind: shards[str(i)] for kind, shards in more.items()}
-            shards = {"model": bucket.shard.detach(), **self.moments(bucket), **others}
+            shards = {"model": bucket.shard.detach(), **self.moments(bucket.shard), **others}
             for kind, shard in shards.items():
                 for name, part in bucket.ranges(shard, once):
                     yield kind, name, part
-
-    @property
-    def step_count(self) -> int:
-        """The number of steps that the moments include."""
-        return int(self.adamw_state(self.buckets[0])["step"])
-
-    @step_count.setter
-    def step_count(self, n: int) -> None:
-        for b in self.buckets:
-            self.adamw_state(b)["step"].fill_(n)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""
