@@ -143,13 +143,21 @@ def write_hf_files(
     return write_files(folder, tensors, shard_bytes, convert, part, parts)
 
 
-def mtp_copies(tensors: dict[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
-    """Return embedding and head under the names that each MTP layer has for them.
+def mtp_copy_names(name: str, config: Config) -> list[str]:
+    """Return the names that MTP layers have for our embedding or head; none for other tensors.
 
     The released files hold these copies, and vLLM and SGLang read them.
     """
+    suffixes = {"embed.weight": "embed_tokens.weight", "head.weight": "shared_head.head.weight"}
+    if name not in suffixes:
+        return []
+    layers = range(config.n_layers, config.n_layers + config.n_mtp_layers)
+    return [f"model.layers.{i}.{suffixes[name]}" for i in layers]
+
+
+def mtp_copies(tensors: dict[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
+    """Return embedding and head under the names that each MTP layer has for them."""
     copies: dict[str, LazyTensor] = {}
-    for i in range(config.n_layers, config.n_layers + config.n_mtp_layers):
-        copies[f"model.layers.{i}.embed_tokens.weight"] = tensors[HF_NAMES["embed.weight"]]
-        copies[f"model.layers.{i}.shared_head.head.weight"] = tensors[HF_NAMES["head.weight"]]
+    for name in ("embed.weight", "head.weight"):
+        copies |= dict.fromkeys(mtp_copy_names(name, config), tensors[HF_NAMES[name]])
     return copies

@@ -1,12 +1,17 @@
 """A training step over all ranks, with the same losses on every mesh."""
 
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.safetensors_files import FlatRange
+from dsv3_ref.checkpoints.sharded import first_expert
+from dsv3_ref.checkpoints.storage import split_experts
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.dualpipe import stages_by_rank
 from dsv3_ref.model import Transformer, moe_layers
@@ -31,7 +36,7 @@ from dsv3_ref.parallel.token_dispatcher import (
     Traffic,
     dispatch_levels,
 )
-from dsv3_ref.parallel.zero import ZeroOptimizer
+from dsv3_ref.parallel.zero import ShardOptimizer, ZeroOptimizer
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
@@ -72,10 +77,10 @@ class ParallelEngine:
         dispatcher: TapeDispatcher | None = None
         if mesh.ep > 1:
             dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep, dispatch_capacity)
-        self.optimizer = ZeroOptimizer(
+        self.optimizer: ShardOptimizer = ZeroOptimizer(
             self.model, config, mesh, stages, recipe, moments, zero, precision
         )
-        self.build_pipeline = partial(
+        self.build_pipeline: Callable[[Transformer], Pipeline] = partial(
             Pipeline, config=config, mesh=mesh, schedule_name=schedule, stages_by_rank=stages,
             token_dispatcher=dispatcher, objective=objective, micro_batch=micro_batch,
         )  # fmt: skip
@@ -89,6 +94,14 @@ class ParallelEngine:
         stages = [*self.pipeline.stages]
         model = build_empty_model(self.config, self.mesh, stages, self.pipeline.last + 1)
         return self.build_pipeline(model)
+
+    def weights_of(self, pipeline: Pipeline) -> dict[str, FlatRange]:
+        """Return this rank's part of the weights of a pipeline by their global names, as views."""
+        first = first_expert(self)
+        ranges: dict[str, FlatRange] = {}
+        for name, x in pipeline.model.state_dict().items():
+            ranges |= split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)), first)
+        return ranges
 
     def create_dispatcher(
         self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float
@@ -107,6 +120,19 @@ class ParallelEngine:
         """Return whether this rank is the first of those that hold a dense parameter or buffer."""
         owners = owning_ranks(name, self.config, self.stages_by_rank)
         return self.mesh.pipeline_ranks()[0] == 0 and self.mesh.pp_rank == owners[0]
+
+    def tensors_to_write(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a model that this rank writes, by our names, with its own experts.
+
+        Of the ranks that hold a tensor, the first pp rank and the first replica write it. A
+        collective call.
+        """
+        mesh = self.mesh
+        for name, x in self.model.state_dict().items():
+            owner = owning_ranks(name, self.config, self.stages_by_rank)[0]
+            is_replica = mesh.dp_rank or (mesh.ep_rank and not is_expert(name))
+            if owner == mesh.pp_rank and not is_replica:
+                yield name, x
 
     # ── A step ──
 

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from dsv3_ref.checkpoints.atomic import make_staging_dir, publish_dir, temp_sibling, TMP
 from dsv3_ref.checkpoints.hf_config import config_to_hf
-from dsv3_ref.checkpoints.huggingface import hf_names
+from dsv3_ref.checkpoints.huggingface import hf_names, mtp_copy_names
 from dsv3_ref.checkpoints.layout import is_expert
 from dsv3_ref.checkpoints.safetensors_files import WrittenTensor, write_config, write_index
 from dsv3_ref.checkpoints.sharded import first_expert
-from dsv3_ref.parallel.build import owning_ranks
 from dsv3_ref.parallel.engine import ParallelEngine
 
 
@@ -46,25 +45,15 @@ def write_hf_shards(engine: ParallelEngine, folder: Path) -> None:
 def own_hf_tensors(engine: ParallelEngine) -> dict[str, Tensor]:
     """Return the tensors that this rank writes, by Hugging Face's names.
 
-    Of the ranks that hold a tensor, the first pp rank and the first replica write it. Each MTP
-    layer has copies of embedding and head, as in the released files.
+    Each MTP layer has copies of embedding and head, as in the released files.
     """
-    mesh, config = engine.mesh, engine.config
+    config, first = engine.config, first_expert(engine)
     tensors: dict[str, Tensor] = {}
-    state = engine.model.state_dict()
-    for name, x in state.items():
-        owner = owning_ranks(name, config, engine.stages_by_rank)[0]
-        is_replica = mesh.dp_rank or (mesh.ep_rank and not is_expert(name))
-        if is_replica or owner != mesh.pp_rank:
-            continue
+    for name, x in engine.tensors_to_write():
         names = hf_names(name, config)
-        first = first_expert(engine)
         if is_expert(name):
             tensors |= zip(names[first : first + len(x)], x.unbind(), strict=True)
         else:
             tensors |= zip(names, [x], strict=True)
-        if name == "head.weight":  # this stage has the embedding too if there are MTP layers
-            for i in range(config.n_layers, config.n_layers + config.n_mtp_layers):
-                tensors[f"model.layers.{i}.embed_tokens.weight"] = state["embed.weight"].clone()
-                tensors[f"model.layers.{i}.shared_head.head.weight"] = x.clone()
+            tensors |= {copy: x.clone() for copy in mtp_copy_names(name, config)}
     return tensors

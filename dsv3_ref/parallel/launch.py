@@ -24,7 +24,7 @@ def validate(task: Task, device: torch.device) -> bool:
     Only rank 0 calls it, so that a mistake that every rank would find is reported once.
     """
     settings.validate_args(task.config)
-    if not task.requires_whole_model:
+    if not (task.requires_whole_model or task.config.fully_shard):
         with_zero_bubble(ops.expand_backends(ops.ACTIVE_BACKENDS, device.type))
     return True
 

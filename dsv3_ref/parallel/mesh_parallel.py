@@ -18,7 +18,6 @@ from dsv3_ref.checkpoints import native, sharded
 from dsv3_ref.checkpoints.atomic import read_json
 from dsv3_ref.checkpoints.layout import STATE
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
-from dsv3_ref.checkpoints.storage import split_experts
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import Precision
@@ -58,6 +57,7 @@ class MeshParallel:
     """A strategy on a mesh (pp × dp × ep) that shards stages, experts and optimizer states.
 
     Every rank reads the rows of its pipeline, which the ranks of a cp group share.
+    With --fully-shard it shards every parameter over all ranks, and each rank runs all layers.
     """
 
     dp_size, saves_async = 1, True
@@ -81,6 +81,8 @@ class MeshParallel:
     def description(self) -> str:
         """The sizes of the mesh and the device, for the run's first line."""
         m = self.mesh
+        if self.config.fully_shard:
+            return f"{m.world} ranks, fully sharded, on {self.device.type}"
         sizes = f"pp {m.pp} × dp {m.dp} × ep {m.ep}" + (f", cp {m.cp}" if m.cp > 1 else "")
         return f"{m.world} ranks ({sizes}) on {self.device.type}"
 
@@ -105,20 +107,31 @@ class MeshParallel:
 
     def build_model(self, task: Task, init: Path | None) -> None:
         """Build this rank's part of the model and its optimizer; load its weights from `init`."""
+        self.engine = self.build_engine(task)
+        if init:
+            self.load_weights(init)
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer.adamw
+        self.checkpointer = sharded.AsyncCheckpointer(self.cpu_group)
+
+    def build_engine(self, task: Task) -> ParallelEngine:
+        """Build the engine of a mesh, or that of fully sharded data parallelism."""
         config = task.config
+        if config.fully_shard:
+            from dsv3_ref.parallel.fully_sharded import FullyShardedEngine  # imports for seconds
+
+            return FullyShardedEngine(
+                config.model, config.recipe, self.mesh, config.seed, state_dtype(config),
+                config.micro_batch, task.objective, self.precision,
+            )  # fmt: skip
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
-        self.engine = ParallelEngine(
+        return ParallelEngine(
             config.model, config.recipe, self.mesh, config.schedule, config.seed,
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
             config.token_dispatcher == "deepep", task.objective, self.precision,
             default_capacity(config, self.device),
         )  # fmt: skip
-        if init:
-            self.load_weights(init)
-        self.model, self.optimizer = self.engine.model, self.engine.optimizer.adamw
-        self.checkpointer = sharded.AsyncCheckpointer(self.cpu_group)
 
     def load_weights(self, init: Path) -> None:
         """Load weights: each rank reads its slices of the masters, then all exchange them."""
@@ -144,11 +157,7 @@ class MeshParallel:
         The trained model cannot take its place: it differs from the first update on.
         """
         frozen = self.engine.build_frozen()
-        first = sharded.first_expert(self.engine)
-        targets: dict[str, FlatRange] = {}
-        for name, x in frozen.model.state_dict().items():
-            targets |= split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)), first)
-        self.fill_weights(directory, targets)
+        self.fill_weights(directory, self.engine.weights_of(frozen))
         return frozen
 
     def read_out(
@@ -169,14 +178,14 @@ class MeshParallel:
 
     @contextmanager
     def precision_context(self) -> Iterator[None]:
-        """Compute in the run's precision, with backward passes that can be split.
+        """Compute in the run's precision, on a mesh with backward passes that can be split.
 
         Unlike one process, FP8 on CPU computes in bf16 what is not in FP8, as on CUDA.
         """
         bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "fp32")
         with use_precision(self.config.precision, self.device), bf16:
             backends = ops.expand_backends(ops.ACTIVE_BACKENDS, self.device.type)
-            with ops.use(*with_zero_bubble(backends)):
+            with ops.use(*backends if self.config.fully_shard else with_zero_bubble(backends)):
                 yield
 
     # ── A step ──

@@ -6,6 +6,7 @@ other shards.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -27,7 +28,7 @@ from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.watchdog import track_operation
 
 
-class ShardOptimizer:
+class ShardOptimizer(ABC):
     """AdamW over this rank's shards of the master weights, by their names."""
 
     def __init__(self, mesh: Mesh, shards: dict[str, nn.Parameter], adamw: AdamW):
@@ -71,11 +72,34 @@ class ShardOptimizer:
             g.mul_(scale)
         return norm
 
-    def update(self, lr: float) -> None:
-        """Update this rank's shards."""
+    def step(self, lr: float) -> None:
+        """Update this rank's shards, and the weights from them."""
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        self.gather_weights()
+
+    @abstractmethod
+    def reduce_and_clip_grads(self, max_norm: float) -> float:
+        """Sum the gradients over ranks, clip them to max_norm, return their norm before."""
+
+    @abstractmethod
+    def gather_weights(self) -> None:
+        """Compute the weights from changed masters; a collective call."""
+
+    @abstractmethod
+    def ranges(
+        self, more: Mapping[str, Mapping[str, Tensor]], once: bool
+    ) -> Iterator[tuple[str, str, FlatRange]]:
+        """Yield (kind, name of a parameter, range) of masters ("model"), moments and `more`.
+
+        more: further shards by kind, each with the names of `masters`. once: only what no other
+        rank yields too.
+        """
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
 
 
 class ZeroOptimizer(ShardOptimizer):
@@ -111,11 +135,6 @@ class ZeroOptimizer(ShardOptimizer):
         )  # a gradient that every rank of a group holds counts once
         return self.clip_grads([g for _, g in grads], torch.as_tensor(squares), max_norm)
 
-    def step(self, lr: float) -> None:
-        """Update this rank's shards and collect those of the other ranks."""
-        self.update(lr)
-        self.gather_weights()
-
     @torch.no_grad()
     def gather_weights(self) -> None:
         """Round the masters of all ranks to the weights; a collective call.
@@ -140,11 +159,7 @@ class ZeroOptimizer(ShardOptimizer):
     def ranges(
         self, more: Mapping[str, Mapping[str, Tensor]], once: bool
     ) -> Iterator[tuple[str, str, FlatRange]]:
-        """Yield (kind, name of a parameter, range) of masters ("model"), moments and `more`.
-
-        more: further shards by kind, each with the names of `masters`. once: only what no other
-        rank yields too.
-        """
+        """Yield the ranges of masters, moments and `more`; see `ShardOptimizer`."""
         for i, bucket in enumerate(self.buckets):
             others = {kind: shards[str(i)] for kind, shards in more.items()}
             shards = {"model": bucket.shard.detach(), **self.moments(bucket.shard), **others}

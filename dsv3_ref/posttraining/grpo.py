@@ -165,17 +165,17 @@ class GRPOConfig(TrainConfig):
 
     def rollout_rules(self) -> list[tuple[bool, str]]:
         """Return the rules of engines that sample, and of a mesh, which cannot sample itself."""
-        is_whole = self.pp == self.ep == 1
+        is_whole = not self.divides_model
         return [
             (
                 is_whole or bool(self.rollout),
-                f"with --pp {self.pp} --ep {self.ep} no rank holds a whole model to sample from: "
-                "give --rollout the URLs of engines",
+                "with --pp, --ep or --fully-shard no rank holds a whole model to sample from: give "
+                "--rollout the URLs of engines",
             ),
             (
                 is_whole or not (self.reward or self.votes),
-                "--reward and --votes need a whole model on each rank: set --pp 1 --ep 1, or "
-                "choose tasks with right answers",
+                "--reward and --votes need a whole model on each rank: leave --pp, --ep and "
+                "--fully-shard out, or choose tasks with right answers",
             ),
             (
                 is_whole or self.precision != "fp8",
@@ -373,7 +373,7 @@ class GRPOTask:
 
     def __init__(self, config: GRPOConfig):
         self.config = config
-        self.requires_whole_model = config.pp == config.ep == 1
+        self.requires_whole_model = not config.divides_model
         self.objective = GRPOObjective(
             config.temperature, (config.epsilon, config.epsilon_high), config.beta,
             config.loss_type, config.max_new_tokens, config.sampler_cap if config.rollout else 0.0,

@@ -157,7 +157,7 @@ class RewardTask:
 
     def __init__(self, config: RewardConfig):
         self.config = config
-        self.requires_whole_model = config.pp == config.ep == 1
+        self.requires_whole_model = not config.divides_model
         self.held_out: list[Pair] = []
 
     def build_data(self) -> Data:

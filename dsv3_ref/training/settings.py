@@ -119,6 +119,10 @@ class TrainConfig:
     """pipeline schedule; dualpipe is the report's (§3.2.1), dualpipev has 2·pp stages"""
     zero: bool = True
     """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
+    fully_shard: bool = False
+    """ZeRO-3, for one to eight nodes without --pp and --ep: PyTorch's fully_shard (FSDP2) divides
+    weights, gradients and moments among all ranks, and gathers one block at a time in bf16; one
+    process ignores it"""
     ep_ranks_per_node: int = 0
     """expert-parallel ranks per node: each token crosses between nodes once and is then forwarded
     within the node (two hops); 0: one hop"""
@@ -157,6 +161,11 @@ class TrainConfig:
     COMMAND: ClassVar[str] = "train"
     RECIPES: ClassVar[dict[str, TrainingRecipe]] = RECIPES
     DEFAULT_RECIPE: ClassVar[str] = "tiny"  # the recipe of configs that have none
+
+    @property
+    def divides_model(self) -> bool:
+        """True if no rank of a mesh holds the whole model."""
+        return self.pp > 1 or self.ep > 1 or self.fully_shard
 
     @classmethod
     def defaults(cls, model: Config, config: str, argv: list[str]) -> "TrainConfig":
@@ -309,6 +318,7 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
         args.cp == 1 or args.COMMAND in ("train", "extend", "sft"),
         f"--cp must be 1: dsv3 {args.COMMAND} computes whole sequences on a rank",
     )
+    yield from fully_shard_rules(args)
     if world_size > 1:
         yield from mesh_rules(args.model, args.pp, args.ep, args.schedule, args.ep_ranks_per_node)
         yield (
@@ -335,6 +345,24 @@ def context_rules(model: Config, seq_len: int, cp: int, dp: int, ep: int) -> Ite
         seq_len // (2 * cp) > model.n_mtp_layers or cp == 1,
         f"--seq-len {seq_len} leaves chunks of {seq_len // (2 * cp)} tokens with --cp {cp}, not "
         f"more than the {model.n_mtp_layers} that MTP looks ahead: lower --cp",
+    )
+
+
+def fully_shard_rules(args: TrainConfig) -> Iterator[Rule]:
+    """Yield the rules of --fully-shard."""
+    yield (
+        not args.fully_shard or args.pp == args.ep == args.cp == 1,
+        "--fully-shard divides every layer among all ranks, each with rows of its own: set --pp 1 "
+        f"--ep 1 --cp 1, not --pp {args.pp} --ep {args.ep} --cp {args.cp}",
+    )
+    yield (
+        not args.fully_shard or args.zero,
+        "--fully-shard includes the sharding that --no-zero turns off: leave one of them out",
+    )
+    yield (
+        not args.fully_shard or args.precision != "fp8",
+        "--fully-shard gathers weights in bf16 or fp32: set --precision bf16, or shard experts "
+        "with --ep",
     )
 
 
@@ -434,7 +462,7 @@ def config_name_of(init: Path) -> str:
 
 CHANGEABLE_ON_RESUME = {
     "out", "resume", "verify", "device", "micro_batch", "recompute", "save_every",
-    "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero",
+    "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero", "fully_shard",
     "cp", "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
     "expert_load_every",
     "ep_ranks_per_node", "dispatch_capacity", "token_dispatcher", "hang_timeout",

@@ -273,11 +273,18 @@ def test_a_forward_pass_returns_values_to_the_owners_of_rows(shape, name, gang):
 # ── Whole runs ──
 
 
-def test_a_reward_model_on_a_pipeline_is_that_of_one_process(home, tmp_path):  # noqa: F811
+WAYS = [  # to divide a model among two ranks, and the sentence of the run
+    ("--pp 2 --schedule dualpipe", "pp 2 × dp 1 × ep 1"),
+    pytest.param("--fully-shard", "2 ranks, fully sharded", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("way, sentence", WAYS)
+def test_a_reward_model_in_parts_is_that_of_one_process(way, sentence, home, tmp_path):  # noqa: F811
     assert main.main(reward(home, tmp_path / "one")) == 0
-    argv = [*reward(home, tmp_path / "two"), "--pp", "2", "--schedule", "dualpipe"]
+    argv = [*reward(home, tmp_path / "two"), *way.split()]
     outputs = wait_for_exit(launch(home, 2, argv))
-    assert "pp 2 × dp 1 × ep 1" in outputs[0] and "agrees with" in outputs[0]
+    assert sentence in outputs[0] and "agrees with" in outputs[0]
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 6
     for a, b in zip(one, two):
@@ -286,7 +293,8 @@ def test_a_reward_model_on_a_pipeline_is_that_of_one_process(home, tmp_path):  #
     assert two[-1]["agreement"] == one[-1]["agreement"]
 
 
-def test_rl_on_a_pipeline_samples_from_an_engine(home, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("way, sentence", WAYS)
+def test_rl_in_parts_samples_from_an_engine(way, sentence, home, tmp_path, monkeypatch):  # noqa: F811
     """The engine is a server over HTTP. Its first samples are those that one process gets."""
     monkeypatch.setenv("DSV3_API_KEY", "secret")
     more = ["--temperature", "1", "--steps", "2", "--save-every", "2", "--beta", "0.01"]
@@ -298,8 +306,9 @@ def test_rl_on_a_pipeline_samples_from_an_engine(home, tmp_path, monkeypatch):  
             if world == 1:
                 assert main.main(argv) == 0
             else:
-                argv += ["--pp", "2", "--schedule", "dualpipe", "--steps-per-generation", "2"]
-                wait_for_exit(launch(home, 2, argv, DSV3_API_KEY="secret"))
+                argv += [*way.split(), "--steps-per-generation", "2"]
+                outputs = wait_for_exit(launch(home, 2, argv, DSV3_API_KEY="secret"))
+                assert sentence in outputs[0]
             rows[world], models[world] = metrics(out), load(out).state_dict()
             served_now = service.engine.runner.model.state_dict()
             assert all(torch.equal(x, served_now[name]) for name, x in models[world].items())
