@@ -29,10 +29,11 @@ CallMaker = Callable[[Function, tuple[Tensor, ...]], Call]
 
 
 def sdpa(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute causal attention by torch's scaled_dot_product_attention."""
+    """Compute causal attention by torch's scaled_dot_product_attention, heads in third place."""
     with sdpa_kernel(backend):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+        return o.transpose(1, 2)
 
 
 def sdpa_calls(make_call: CallMaker, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:

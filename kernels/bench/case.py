@@ -20,7 +20,8 @@ class NotTimedError(Exception):
 class Timing:
     """The result of a case: its time in ms, or the reason why it has none.
 
-    The value of a yardstick is its time in ms or the reason why it has none.
+    The value of a yardstick is its time in ms or the reason why it has none. difference: how far
+    the results are from those of the first yardstick that runs, relative to these.
     """
 
     name: str
@@ -30,6 +31,8 @@ class Timing:
     note: str = ""
     ms: float | None = None
     yardsticks: dict[str, float | str] = field(default_factory=dict)
+    difference: float | None = None
+    configs: dict[str, float] = field(default_factory=dict)  # ms of every config that was tuned
     skipped: str = ""
     error: str = ""
     fatal: bool = False  # the process has lost its GPU
@@ -81,6 +84,7 @@ class Case:
     goals: tuple[Goal, ...] = ()
     memory: float = 0  # bytes that it needs at least, given where a GPU may have less
     note: str = ""
+    tolerance: float = 0.02  # the largest `Timing.difference` of right results
 
     @property
     def name(self) -> str:
@@ -91,14 +95,17 @@ class Case:
         self,
         ms: float | None = None,
         yardsticks: dict[str, float | str] | None = None,
+        difference: float | None = None,
         skipped: str = "",
         error: str = "",
         fatal: bool = False,
     ) -> Timing:
-        """Return the result of this case."""
+        """Return the result of this case; a difference beyond the tolerance is an error."""
+        if difference is not None and not difference <= self.tolerance:  # NaN is one too
+            error = f"wrong by {difference:.2g}, more than {self.tolerance:g} of the yardstick"
         return Timing(
             self.name, self.bytes, self.flops, self.peak, self.note, ms, yardsticks or {},
-            skipped, error, fatal,
+            difference, skipped=skipped, error=error, fatal=fatal,
         )  # fmt: skip
 
 
@@ -111,7 +118,7 @@ def achieved_tflops(timing: Timing, timings: dict[str, Timing], limits: GPULimit
 
 
 def fraction_of_copy(timing: Timing, timings: dict[str, Timing], limits: GPULimits) -> float:
-    """Return the rate of a case's memory traffic as a fraction of that of a copy."""
+    """Return the rate of a case's memory traffic as a fraction of that of a large copy."""
     return timing.gbps / limits["copy"]
 
 
@@ -143,4 +150,5 @@ def roofline(timing: Timing, limits: GPULimits) -> tuple[str, float]:
     return ("copy", memory_ms) if memory_ms >= compute_ms else (timing.peak, compute_ms)
 
 
-COPY_GOAL = (Goal("of copy", 0.85, fraction_of_copy),)
+COPY = "copy"  # the yardstick that reads and writes as many bytes as the case does
+COPY_GOAL = (Goal("of copy", 0.85, speedup_over(COPY)),)

@@ -98,4 +98,7 @@ def case_moe_step(b: int, s: int, e: int, d: int, f: int, goals: tuple[Goal, ...
     sizes = {"b": b, "s": s, "e": e, "d": d, "f": f}
     num_bytes = 8 * weights + 8 * b * s * d
     note = f"{e} routed experts instead of {V3.n_routed_experts}"
-    return Case("moe_step", sizes, make, num_bytes, 6 * b * s * active, "fp8", goals, note=note)
+    return Case(
+        "moe_step", sizes, make, num_bytes, 6 * b * s * active, "fp8", goals, note=note,
+        tolerance=0.2,  # of a gradient behind several products in FP8
+    )  # fmt: skip

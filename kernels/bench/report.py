@@ -13,7 +13,8 @@ import triton
 from dsv3_ref.kernels.bench.case import Case, GPULimits, NotTimedError, Timing, roofline
 from dsv3_ref.kernels.bench.timing import GPUInfo, first_line
 
-TABLE_HEAD = f"{'case':58}{'ms':>9}{'achieved':>15}{'of limit':>15}  yardstick: ms, × as fast as it"
+RATES_HEAD = f"{'case':58}{'ms':>9}{'achieved':>15}{'of limit':>15}{'error':>9}"
+TABLE_HEAD = f"{RATES_HEAD}  yardstick: ms, × as fast as it"
 
 
 # ── Rows ──
@@ -34,7 +35,9 @@ def format_row(timing: Timing, limits: GPULimits) -> str:
     )
     share = f"{floor / timing.time:.0%} {bound}"
     note = f"  ({timing.note})" if timing.note else ""
-    return f"{head}{timing.time:9.3f}{rate:>15}{share:>15}  {yardsticks}{note}"
+    difference = "–" if timing.difference is None else f"{timing.difference:.1e}"
+    rates = f"{timing.time:9.3f}{rate:>15}{share:>15}{difference:>9}"
+    return f"{head}{rates}  {yardsticks}{note}"
 
 
 def format_plan(cases: list[Case]) -> str:
@@ -50,7 +53,7 @@ def format_plan(cases: list[Case]) -> str:
 
 def timing_to_json(timing: Timing, limits: GPULimits) -> dict[str, object]:
     """Return a timing and its achieved rates for JSON."""
-    row = {name: value for name, value in asdict(timing).items() if value not in ("", False)}
+    row = {name: value for name, value in asdict(timing).items() if value not in ("", False, {})}
     if timing.ms:
         bound, floor = roofline(timing, limits)
         row |= {"tflops": timing.tflops, "gbps": timing.gbps}
@@ -97,13 +100,13 @@ def format_verdict(verdict: Verdict) -> str:
 
 
 def write_bench_json(
-    path: Path, gpu: GPUInfo, timings: list[Timing], verdicts: list[Verdict], tests: str
+    path: Path, gpu: GPUInfo, timings: list[Timing], verdicts: list[Verdict]
 ) -> None:
-    """Write the results with versions, command and date; tests: "passed" or "skipped"."""
+    """Write the results with versions, command and date."""
     report = {
         **asdict(gpu), "torch": torch.__version__, "triton": triton.__version__,
         "command": shlex.join(["python", "-m", "dsv3_ref.kernels.bench", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "tests": tests,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "rows": [timing_to_json(timing, gpu.limits) for timing in timings],
         "goals": [asdict(verdict) for verdict in verdicts],
     }  # fmt: skip

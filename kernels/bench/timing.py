@@ -5,16 +5,24 @@ import statistics
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from dsv3_ref.kernels.bench import calls
 from dsv3_ref.kernels.bench.calls import randn, with_backends
-from dsv3_ref.kernels.bench.case import Call, Calls, Case, GPULimits, Timing
+from dsv3_ref.kernels.bench.case import COPY, Call, Calls, Case, GPULimits, Output, Timing
+from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
+from dsv3_ref import kernels
 from dsv3_ref.ops import use
 
 FLUSH_BYTES = 256 * 2**20  # several times the size of an L2
 WARM_UP_CALLS = 3
+MODULES = (
+    kernels.attention, kernels.decode, kernels.gemm, kernels.loss, kernels.moe, kernels.norm,
+    kernels.quant,
+)  # fmt: skip
 
 
 # ── The clock ──
@@ -23,16 +31,17 @@ WARM_UP_CALLS = 3
 def time_gpu_calls(calls_by_name: Mapping[str, Call], rounds: int) -> dict[str, float]:
     """Return the median time of each call in ms, measured in alternation.
 
-    Before each call, four writes larger than L2 make L2 cold. They also keep the GPU busy while
-    Python launches the call, so that launch overhead is not measured.
+    Before each call, a tensor larger than L2 is read four times, so that L2 holds nothing of the
+    call's and nothing that would have to be written back. That also keeps the GPU busy while Python
+    launches the call, so that launch overhead is not measured.
     """
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     starts: dict[str, list[torch.cuda.Event]] = {name: [] for name in calls_by_name}
     ends: dict[str, list[torch.cuda.Event]] = {name: [] for name in calls_by_name}
     for _ in range(rounds):
         for name, call in calls_by_name.items():
             for _ in range(4):
-                flush.zero_()
+                flush.sum()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
@@ -71,6 +80,51 @@ def warm_up_yardsticks(yardsticks: dict[str, Call]) -> tuple[dict[str, Call], di
     return working, errors
 
 
+# ── Are the results right? ──
+
+
+def as_tuple(output: Output) -> tuple[Tensor, ...]:
+    """Return the results of a call as a tuple."""
+    return output if isinstance(output, tuple) else (output,)
+
+
+def relative_difference(output: Output, expected: Output) -> float:
+    """Return max ‖x − y‖ / ‖y‖ over the results x and y of two calls, in fp32.
+
+    A result that is wider than the other because of padding is cut.
+    """
+    differences = []
+    for pair in zip(as_tuple(output), as_tuple(expected), strict=True):
+        x, y = (z.detach().float() for z in pair)
+        if x.ndim:
+            width = min(x.shape[-1], y.shape[-1])
+            x, y = x[..., :width], y[..., :width]
+        norm = y.norm().item()
+        differences.append((x - y).norm().item() / (norm or 1.0))
+    return torch.tensor(differences, device="cpu").max().item()  # NaN if any of them is
+
+
+def tuned_configs() -> dict[str, float]:
+    """Return the ms of each config of each kernel that was tuned since `forget_tuned_configs`."""
+    found = {}
+    for tuner in autotuners():
+        for config, ms in getattr(tuner, "configs_timings", {}).items():
+            found[f"{tuner.base_fn.__name__} {config}"] = ms[0] if isinstance(ms, list) else ms
+    return found
+
+
+def forget_tuned_configs() -> None:
+    """Drop the times of configs, but not the choices that they led to."""
+    for tuner in autotuners():
+        tuner.configs_timings = {}
+
+
+def autotuners() -> list[Autotuner]:
+    """Return all autotuned kernels."""
+    values = chain.from_iterable(vars(module).values() for module in MODULES)
+    return [x for x in values if isinstance(x, Autotuner)]
+
+
 # ── A case ──
 
 
@@ -90,12 +144,26 @@ def time_case(case: Case, rounds: int) -> Timing:
         reason = f"needs {case.memory / 1e9:.1f} GB, {free / 1e9:.1f} are free"
         return case.make_timing(skipped=reason)
     call, yardsticks = prepare_calls(case, "cuda")
+    forget_tuned_configs()
     for _ in range(WARM_UP_CALLS):
         call()
     working, errors = warm_up_yardsticks(yardsticks)
+    expected = next(iter(working.values()), None)
+    difference = relative_difference(call(), expected()) if expected else None
+    if not case.flops:
+        working[COPY] = copy_call(case.bytes)
     torch.cuda.synchronize()
     times = time_gpu_calls({"": call, **working}, rounds)
-    return case.make_timing(ms=times.pop(""), yardsticks=times | errors)
+    timing = case.make_timing(times.pop(""), times | errors, difference)
+    timing.configs = tuned_configs()
+    return timing
+
+
+def copy_call(num_bytes: float) -> Call:
+    """Return a call that reads half of these bytes and writes them elsewhere."""
+    x = torch.zeros(max(1, int(num_bytes) // 2), dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    return lambda: y.copy_(x)
 
 
 def try_case(case: Case, rounds: int) -> Timing:

@@ -1,11 +1,10 @@
 """A worker process that owns the GPU: a crash or a hang costs one case, not the run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from dsv3_ref.kernels.bench.case import Case, Timing
-from dsv3_ref.kernels.bench.report import format_row
 from dsv3_ref.kernels.bench.suite import all_cases
 from dsv3_ref.kernels.bench.timing import GPUInfo, describe_gpu, format_error, try_case
 
@@ -54,10 +53,9 @@ def run_cases(
     rounds: int,
     seconds: float,
     start_worker: Callable[[], Worker] = Worker,
-) -> tuple[GPUInfo, list[Timing]]:
-    """Time cases in a worker, print a row for each, and replace a worker that was lost."""
+) -> Iterator[tuple[GPUInfo, Timing]]:
+    """Time cases in a worker, one after the other, and replace a worker that was lost."""
     worker = start_worker()
-    timings: list[Timing] = []
     gpu = worker.request("", rounds, seconds)
     assert isinstance(gpu, GPUInfo)
     for case in cases:
@@ -66,10 +64,8 @@ def run_cases(
         except (TimeoutError, RuntimeError) as e:
             timing = case.make_timing(error=format_error(e), fatal=True)
         assert isinstance(timing, Timing)
-        timings.append(timing)
-        print(format_row(timing, gpu.limits), flush=True)
         if timing.fatal:
             worker.kill()
             worker = start_worker()
+        yield gpu, timing
     worker.kill()
-    return gpu, timings
