@@ -32,13 +32,16 @@ from dsv3_ref.eplb import ExpertLoadWindow, rebalance_experts
 from dsv3_ref.mla import paged_attention
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import tokens_per_expert
+from dsv3_ref.mtp import mtp_hidden_states
 from dsv3_ref.parallel.physical_experts import clear_expert_placement, set_expert_placement
 from dsv3_ref.serve import (
     BlockPool,
     Engine,
     KVTransfer,
+    LogitsProcessor,
     QueueFull,
     Request,
+    Speculator,
     hash_blocks,
     make_engine,
 )
@@ -216,6 +219,37 @@ def test_a_stop_token_ends_a_row(model, depth):
         [Request([1, 2, 3], 20, stop_token_ids=frozenset({free[6]}))],
     )[0]
     assert row.output_tokens == free[: free.index(free[6]) + 1] and row.finish_reason == "stop"
+
+
+def test_a_likely_stop_token_waits_for_the_least_number_of_tokens(model):
+    for least, options in ((0, {}), (1, {"min_tokens": 1}), (3, {"min_tokens": 3})):
+        processor = LogitsProcessor(logit_bias=((7, 1e4),), **options)
+        row = Request([1, 2, 3], 9, stop_token_ids=frozenset({7}), logits_processor=processor)
+        run(engine(model), [row])
+        assert row.output_tokens.index(7) == least and row.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_drafts_are_the_likeliest_tokens_of_the_mtp_modules(micro, exact, depth, monkeypatch):
+    model, seen = Transformer(micro).double().eval(), []
+    propose = Speculator.propose
+
+    def recorded(self, requests):
+        drafts = propose(self, requests)
+        seen.extend(([*r.tokens], [*draft.tokens]) for r, draft in zip(requests, drafts))
+        return drafts
+
+    monkeypatch.setattr(Speculator, "propose", recorded)
+    rows = [Request(list(range(n)), 5) for n in (1, 5, 17)]
+    run(engine(model, num_speculative_tokens=depth), rows)
+    assert len(seen) >= 6 and all(len(drafts) == depth for _, drafts in seen)
+    for tokens, drafts in seen:
+        tokens_1s = torch.tensor([[*tokens, *drafts[:-1]]])
+        with torch.no_grad():
+            h_1sd, _ = model.hidden_states(tokens_1s)
+            states = mtp_hidden_states(model, h_1sd, tokens_1s)
+        last = len(tokens) - 2  # the position before the last token, which is not computed yet
+        assert [int(model.head(h[0, last]).argmax()) for h, _ in states[:depth]] == drafts
 
 
 @pytest.mark.parametrize("changes", [{"q_lora_rank": 0}, {"n_shared_experts": 0}], ids=str)
