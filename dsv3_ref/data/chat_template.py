@@ -172,7 +172,7 @@ class ChatTemplate:
         what the form of this model's conversations cannot express.
         """
         if continue_final_message and is_empty_answer(messages[-1]):
-            messages, add_generation_prompt, continue_final_message = messages[:-1], True, False
+            return self.render(messages[:-1], tools, add_generation_prompt=True, **variables)
         template = self.find_template(tools)
         if template is None:
             return self.render_own(

@@ -4,6 +4,7 @@ Rows that cannot be used are reported by number and left out.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,6 +14,8 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import files, sources
 from dsv3_ref.data.chat_samples import ChatSample, render_sample
 from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.marks import THINK_TAGS
+from dsv3_ref.data.messages import REASONING, Message, iter_texts
 from dsv3_ref.data.packing import flag_sample
 from dsv3_ref.data.row_formats import parse_conversation, parse_pair
 from dsv3_ref.rewards import judge_prompt
@@ -41,18 +44,38 @@ def read_conversations(
 ) -> list[list[int]]:
     """Read the conversations of a source of rows as flagged samples.
 
-    `warn` is called with a sentence for each row that is left out.
+    `warn` is called with a sentence for each row that is left out, and with the number of rows that
+    answer without the thoughts that the prompts of this model open.
     """
+    opening = ""
+    with suppress(UserError):  # a template may refuse this conversation
+        opening = chat.opened_thought(chat.render_prompt([{"role": "user", "content": "a"}]))
+    num_unthinking = 0
 
     def parse(row: object) -> list[int]:
-        return encode_conversation(row, chat, max_tokens)
+        nonlocal num_unthinking
+        sample = encode_conversation(row, chat, max_tokens)
+        num_unthinking += bool(opening) and not has_thoughts(parse_conversation(row).messages[-1])
+        return sample
 
     conversations, num_refused = files.valid_rows(name, parse, warn)
     if not conversations:
         raise UserError(
             f"{name} has no conversation to learn from ({num_refused} rows were left out)"
         )
+    if num_unthinking:
+        warn(
+            f"{name}: {num_unthinking} rows answer without thoughts, but the prompts of this model "
+            "end with <think>: give thoughts as <think>…</think> or reasoning_content, or use a "
+            "model whose chat template opens none"
+        )
     return conversations
+
+
+def has_thoughts(turn: Message) -> bool:
+    """Return whether an answer has thoughts, in a field or between tags."""
+    in_field = any(turn.get(name) for name in REASONING)
+    return in_field or any(THINK_TAGS[1] in text for text in iter_texts(turn.get("content")))
 
 
 # ── Pairs ──

@@ -215,7 +215,7 @@ class AnswerReader:
     """The text of an answer up to a stop text.
 
     opening: the <think> with which the prompt of a conversation ends, if it does. The thoughts of
-    such an answer are no part of it, and no stop text ends them. None: it is no conversation.
+    such an answer are not returned, and no stop text ends them. None: the prompt is a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...], opening: str | None):

@@ -15,6 +15,7 @@ from test_serve import served
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_samples import render_sample
 from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.conversations import read_conversations
 from dsv3_ref.data.messages import normalize_messages
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 from dsv3_ref.serving import output_processor
@@ -199,3 +200,16 @@ def test_a_field_for_thoughts_hides_no_other_field():
     with pytest.raises(UserError, match="turn 2 has 'tool_calls'"):
         normalize_messages([*ASK, turn], {"reasoning_content"}.__contains__)
     assert json.dumps(normalize_messages([*ASK, turn], lambda name: True)[1]["tool_calls"])
+
+
+def test_answers_without_the_thoughts_that_a_prompt_opens_are_told(tmp_path):
+    """huggingface/trl #4147: what a model learned did not follow the prompt that it is given."""
+    path = tmp_path / "a.jsonl"
+    plain, thinking = ({"role": "assistant", "content": x} for x in ("2", "<think>so</think>2"))
+    answers = [plain, thinking, plain, plain | {"reasoning_content": "so"}]
+    path.write_text("\n".join(json.dumps({"messages": [*ASK, x]}) for x in answers))
+    for name, told in (("R1", True), ("V3", False)):
+        warnings: list[str] = []
+        rows = read_conversations(str(path), chat_of(name), 200, warnings.append)
+        assert len(rows) == (4 if told else 3)  # V3's form has no field for thoughts
+        assert any("2 rows answer without thoughts" in x for x in warnings) is told
