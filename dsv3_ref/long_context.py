@@ -210,10 +210,10 @@ def zigzag_chunks(s: int, num_ranks: int, rank: int) -> tuple[range, range]:
     return low, high
 
 
-def merge_zigzag(parts_rbsx: Tensor) -> Tensor:
-    """Bring the tokens of all ranks into their order: (R, b, 2·n, x) → (b, 2·R·n, x)."""
-    low_rbnx, high_rbnx = parts_rbsx.chunk(2, dim=2)
-    return torch.cat((*low_rbnx, *high_rbnx.flip(0)), dim=1)
+def merge_zigzag(parts_jbsx: Tensor) -> Tensor:
+    """Bring the tokens of all ranks into their order: (j, b, s, x) → (b, t, x)."""
+    low_jbsx, high_jbsx = parts_jbsx.chunk(2, dim=2)
+    return torch.cat((*low_jbsx, *high_jbsx.flip(0)), dim=1)
 
 
 class Span(NamedTuple):

@@ -48,6 +48,7 @@ from dsv3_ref.rope import rope_cos_sin
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsv3_ref.cluster.plan import PlanConfig, estimate
 from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.mla import LayerKVCache, attend_expanded
 from dsv3_ref.rope import softmax_scale
@@ -479,10 +480,10 @@ def zigzag_chunks(s: int, num_ranks: int, rank: int) -> tuple[range, range]:
     return low, high
 
 
-def merge_zigzag(parts_rbsx: Tensor) -> Tensor:
-    """Bring the tokens of all ranks into their order: (R, b, 2·n, x) → (b, 2·R·n, x)."""
-    low_rbnx, high_rbnx = parts_rbsx.chunk(2, dim=2)
-    return torch.cat((*low_rbnx, *high_rbnx.flip(0)), dim=1)
+def merge_zigzag(parts_jbsx: Tensor) -> Tensor:
+    """Bring the tokens of all ranks into their order: (j, b, s, x) → (b, t, x)."""
+    low_jbsx, high_jbsx = parts_jbsx.chunk(2, dim=2)
+    return torch.cat((*low_jbsx, *high_jbsx.flip(0)), dim=1)
 
 
 class Span(NamedTuple):
@@ -873,15 +874,68 @@ print(f"cache of one sequence of 128K: {cache_gb:.1f} GB; reading it once takes 
 # Training at 128K is bound by **arithmetic**, four fifths of it in attention. Extrapolated from the rate of pre-training, both
 # phases take 75K GPU hours; the report states 119K. The layout of pre-training cannot have been used unchanged: a batch
 # of 480 sequences over its 128 pipelines is 3.75 micro-batches for 16 stages, so most of a step would be bubble.
-# The report does not say what was changed. Decoding
+# The report does not say what was changed; the next section shows one possibility. Decoding
 # is bound by reading the cache: 2.7 ms per token for *one* sequence, if one GPU held all layers. In V3's decoding
 # units many GPUs share the sequences of a batch.
 #
 # Kernels: prefill uses `varlen_attention`, which keeps no probabilities in memory, and decoding uses `paged_attention`
-# ([chapter 10](10_triton.ipynb)). If no two GPUs share a sequence, its activations must fit into one pipeline stage.
+# ([chapter 10](10_triton.ipynb)).
+#
+# ### In practice: `--cp`
+# If no two GPUs share a sequence, its activations must fit into one pipeline stage.
 # Recomputation is not enough for that: about 182 kB per token and MoE layer remain ([chapter 17](17_scale.ipynb)), which is
-# 95 GB for 131,072 tokens in the four layers of a stage. At this length a sequence has to be divided among GPUs
-# (*context parallelism*), which the report does not mention. On Slurm,
-# run `slurm/long_context.sbatch --init …`, then the same with `PHASE=128k`. Neither has been run on a GPU.
+# 95 GB for 131,072 tokens in the four layers of a stage. So a sequence has to be divided, which the report does not mention.
+#
+# With `dsv3 extend --cp 8`, eight neighbors among the ranks that would read different rows read the same rows
+# (`parallel/context_parallel.py`). The world does not grow: these ranks already sum gradients, and the dispatch to experts sees different tokens on
+# each, as before. Positions, MTP's targets and the bounds of packed samples follow from the rows, which every rank of a group has.
+# Only three things travel: the latents, their gradients, and the loads of each sequence for the balance loss of
+# [chapter 04](04_moe.ipynb), whose $f_i$ counts all tokens of a sequence.
+#
+# The price is that every rank computes the keys and values of *all* tokens from the latents. Three measures keep them out of
+# memory: gathered latents are gathered again in the backward pass instead of being saved; attention runs
+# over groups of heads, one after another; and the weight gradient of $W^{UK}$ and $W^{UV}$ is never deferred. Without the groups
+# of heads the keys and values of one layer at 128K would take:
+
+# %%
+expanded = 2 * TOKENS * V3.n_heads * head_dims  # bytes in bf16
+latents = 2 * TOKENS * kv_cache_numbers_per_token(V3)
+print(f"one layer at {TOKENS:,} tokens: {expanded / 1e9:.1f} GB of keys and values, "
+      f"{latents / 1e6:.0f} MB of latents")  # fmt: skip
+assert round(100 * latents / expanded, 1) == 1.4
+
+# %% [markdown]
+# `dsv3 plan` on 2,048 H800, `--pp 16 --dp 2 --ep 64 --schedule dualpipe`, with the report's batches:
+# The last column is for 1,000 steps.
+
+# %%
+plans = {
+    "pre-training": PlanConfig(),
+    "phase 1": PlanConfig(seq_len=32_768, global_batch_size=1920, cp=8),
+    "phase 2": PlanConfig(seq_len=131_072, global_batch_size=480, cp=32),
+}
+print(f"{'':13} cp  micro-batches × tokens  GB (fullest)  GB of latents sent  s/step  GPU hours")
+phase_hours = {}
+for name, plan in plans.items():
+    e = estimate(plan)
+    count = plan.global_batch_size * plan.cp // (plan.dp * plan.ep)
+    phase_hours[name] = 1000 * plan.global_batch_size * plan.seq_len / 1e12 * e.hours
+    print(f"{name:13} {plan.cp:2} {count:14} × {plan.seq_len // plan.cp:,}"
+          f"{max(rank.gpu for rank in e.ranks) / 1e9:14.1f} {e.sent['latents of sequences'] / 1e9:18.0f}"
+          f"{e.seconds:9.1f}{phase_hours[name] / 1e3:8.0f}K")  # fmt: skip
+    assert max(rank.gpu for rank in e.ranks) < 70e9 and (count, plan.seq_len // plan.cp) == (
+        120,
+        4096,
+    )
+both = phase_hours["phase 1"] + phase_hours["phase 2"]
+print(f"both phases: {both / 1e3:.0f}K GPU hours; the report: 119K")
+
+# %% [markdown]
+# A rank holds what it holds in pre-training, less the weight gradients that are not deferred; attention needs 3 GB beside that. Stragglers and failures count in
+# the hours, not in the seconds. All of this is planned, not measured: neither phase has been run on a GPU, and
+# nothing hides the gather of latents. With 2,048 GPUs and these flags, run
+# `slurm/long_context.sbatch --init … --cp 8`, then the same with `PHASE=128k` and `--cp 32`. Losses and gradients are those of one process to
+# 13 digits in fp64, also with packed samples (`tests/parallel/test_context_parallel.py`), and
+# `tests/cluster/test_memory.py` counts the bytes that ranks hold after every step of a schedule.
 #
 # Next: [14 · Fine-tuning](14_sft_distill.ipynb), on shorter sequences.

@@ -171,6 +171,11 @@ def num_stages(plan: PlanConfig) -> int:
     return 1 + max(map(max, stages_by_rank(plan.schedule, plan.pp)))
 
 
+def num_data_indices(plan: PlanConfig) -> int:
+    """Return the number of ranks of a stage with different rows."""
+    return plan.dp * plan.ep // plan.cp
+
+
 def params_by_rank(
     plan: PlanConfig, config: Config
 ) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
@@ -199,7 +204,7 @@ def count_params_by_rank(
 
 def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
     """Return what the memory of a rank depends on besides its weights."""
-    per_pipeline = plan.global_batch_size * plan.cp // (plan.dp * plan.ep)
+    per_pipeline = plan.global_batch_size // num_data_indices(plan)
     return MemorySettings(
         config=config,
         schedule=plan.schedule,
@@ -345,9 +350,9 @@ def validate_plan(plan: PlanConfig, config: Config) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     check_rules(mesh_rules(config, plan.pp, plan.ep, plan.schedule, plan.ep_ranks_per_node))
     check_rules(context_rules(config, plan.seq_len, plan.cp, plan.dp, plan.ep))
-    pipes, divisor = plan.dp * plan.ep // plan.cp, " / --cp" if plan.cp > 1 else ""
-    if plan.global_batch_size % pipes:
-        raise UserError(f"--global-batch-size must be a multiple of --dp × --ep{divisor} = {pipes}")
+    n, divisor = num_data_indices(plan), " / --cp" if plan.cp > 1 else ""
+    if plan.global_batch_size % n:
+        raise UserError(f"--global-batch-size must be a multiple of --dp × --ep{divisor} = {n}")
 
 
 # ── A serving unit ──
@@ -467,10 +472,18 @@ def format_usage(result: Estimate) -> str:
     return "\n".join(lines)
 
 
+def describe_mesh(plan: PlanConfig) -> str:
+    """Return the sizes of the mesh in words."""
+    return f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}" + f", cp {plan.cp}" * (plan.cp > 1)
+
+
 def format_buffers(result: Estimate) -> str:
-    """Return what attention holds while it runs, in GB by kind."""
+    """Return a line of what attention holds while it runs, in GB by kind; none if cp is 1."""
+    if result.plan.cp == 1:
+        return ""
     buffers = attention_buffers(memory_settings(result.plan, result.model))
-    return ", ".join(f"{kind} {n / 1e9:.1f} GB" for kind, n in buffers.items())
+    sizes = ", ".join(f"{kind} {n / 1e9:.1f} GB" for kind, n in buffers.items())
+    return f"\nattention's part of the working set: {sizes}"
 
 
 def format_waterfall(result: Estimate) -> str:
@@ -492,21 +505,18 @@ def format_estimate(result: Estimate) -> str:
     tokens = plan.global_batch_size * plan.seq_len
     speed = result.flops / result.gpus / result.seconds
     rows = plan.global_batch_size / result.seconds
-    rows_per_index = rows * plan.cp / plan.dp / plan.ep
     best = estimate(replace(plan, overheads=NO_OVERHEADS)).hours
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items() if n)
     communicators = ", ".join(f"{k} {n}" for k, n in result.communicators.items() if n)
-    mesh = f"pp {plan.pp} × dp {plan.dp} × ep {plan.ep}" + f", cp {plan.cp}" * (plan.cp > 1)
     left = f"leaves {(m.memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, CUDA's context"
     memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
     memory += f" and {left}" if top <= m.memory else ""
-    if plan.cp > 1:
-        memory += f"\nattention's part of the working set: {format_buffers(result)}"
+    memory += format_buffers(result)
     duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
     cost = f"${result.hours * m.dollars_per_hour / 1e3:,.0f}K at ${m.dollars_per_hour:g} per hour"
     return f"""\
-{plan.config} on {result.gpus:,} {plan.hardware.upper()}: {mesh}, {plan.schedule}, \
+{plan.config} on {result.gpus:,} {plan.hardware.upper()}: {describe_mesh(plan)}, {plan.schedule}, \
 {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
 GB on each GPU, by pipeline rank, with recomputation and exact sizes (--dispatch-capacity 0):
 {format_memory(result)}
@@ -522,7 +532,7 @@ step: {result.flops:.3g} FLOPs; {duration}
 the step as a sum, in seconds, in the order in which assumptions are added (chapter 17):
 {format_waterfall(result)}
 {tokens / result.seconds / result.gpus:,.0f} tokens/s per GPU; {speed / 1e12:.0f} TFLOP/s per GPU
-{rows:,.0f} rows of data per second, {rows_per_index:,.1f} per data-parallel index
+{rows:,.0f} rows of data per second, {rows / num_data_indices(plan):,.1f} per data-parallel index
 overheads assumed (chapter 17): {overheads}
 {result.hours / 1e3:,.1f}K GPU hours per trillion tokens, {cost}; \
 without overheads {best / 1e3:,.1f}K \

@@ -57,7 +57,8 @@ def shared_attention_seconds(at: StepSettings, rates: AchievedRates) -> BlockTim
     """
     if at.cp == 1:
         return BlockTime(0, 0, 0, 0)
-    c, s, others = at.config, at.tokens, (at.cp - 1) * at.tokens
+    c, s = at.config, at.tokens
+    others = (at.cp - 1) * s
     shared, alone = (attention_flops(c, t) for t in (at.cp * s, s))
     up = others * block_gemms(c, False)["wkv_b"].flops / rates.gemm
     forward = s * (shared[0] - alone[0]) / rates.attention + up

@@ -70,8 +70,8 @@ class TrainConfig:
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
     data_streams: int = 1
-    """independent streams of documents, with the same rows on every mesh; if dp × ep divides it,
-    each data-parallel index reads only its own rows, else also those of others"""
+    """independent streams of documents, with the same rows on every mesh; if dp × ep / cp
+    divides it, each data-parallel index reads only its own rows, else also those of others"""
     tokenizer: Annotated[Path | None, shown_default("train one on the data, once")] = None
     """folder with a tokenizer.json"""
     fim_rate: float = 0.1
