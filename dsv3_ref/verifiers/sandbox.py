@@ -184,12 +184,12 @@ def pick_user_id() -> int | None:
 def tmpfs_args(user: int | None, limits: Limits) -> list[str]:
     """Return a command that mounts a small tmpfs, in a namespace of its own, and runs the rest.
 
-    bwrap limits the bytes of a tmpfs but not its inodes, which occupy kernel memory.
+    The OOM killer ends all of it first. bwrap limits the bytes of a tmpfs but not its inodes, which occupy kernel memory.
     """
     namespaces = ["--mount", *(["--user", "--map-root-user"] if user is None else [])]
     options = f"mode=1777,nosuid,nodev,size={limits.disk},nr_inodes={limits.inodes}"
     script = f'mount -t tmpfs -o "$0" tmpfs {TMPFS} && exec "$@"'
-    return ["unshare", *namespaces, "--", "sh", "-c", script, options]
+    return ["choom", "-n1000", "--", "unshare", *namespaces, "--", "sh", "-c", script, options]
 
 
 def bwrap_args(user: int | None) -> list[str]:
@@ -212,11 +212,13 @@ def bwrap_args(user: int | None) -> list[str]:
         # the first process, bwrap's own, has neither limits nor the filter, and without a user of
         # its own, a program could write into its memory
         "--perms", "555", "--tmpfs", FIRST_PROCESS, "--remount-ro", FIRST_PROCESS,
+        # where root lacks CAP_SYS_RESOURCE, a program could take back what `choom` has set
+        "--remount-ro", "/proc",
     ]  # fmt: skip
 
 
 def interpreter_args(user: int | None, limits: Limits) -> list[str]:
-    """Return the command of an unprivileged Python with limits; the OOM killer ends it first."""
+    """Return the command of an unprivileged Python with limits."""
     drop_privileges = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
     limit_values = {
         "as": limits.memory,
@@ -230,7 +232,7 @@ def interpreter_args(user: int | None, limits: Limits) -> list[str]:
     }
     prlimit = ["prlimit", *(f"--{name}={value}" for name, value in limit_values.items())]
     interpreter = [os.path.realpath(sys.executable), "-S", "-c"]
-    return ["choom", "-n1000", "--", *(drop_privileges if user else []), *prlimit, *interpreter]
+    return [*(drop_privileges if user else []), *prlimit, *interpreter]
 
 
 # ── Running a program ──

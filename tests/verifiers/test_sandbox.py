@@ -1,5 +1,6 @@
 """Code that a model wrote stays inside, ends in time, and cannot forge a verdict."""
 
+import errno
 import json
 import os
 import secrets
@@ -304,18 +305,18 @@ def test_the_first_process_is_out_of_reach():
         LIBC
         + """
 import json, os
-def write_memory(pid):
+def read_memory(pid):
     with open(f"/proc/{pid}/maps") as maps:
         start = next(line for line in maps if "r-xp" in line).split("-")[0]
-    fd = os.open(f"/proc/{pid}/mem", os.O_RDWR)
-    return os.pwrite(fd, os.pread(fd, 8, int(start, 16)), int(start, 16))
+    fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY)  # no process may write there, not even its own
+    return len(os.pread(fd, 8, int(start, 16)))
 def libc_says(*call):
     return ctypes.get_errno() if libc.syscall(*call) < 0 else 0
 readv = {"x86_64": 310, "aarch64": 270}[os.uname().machine]
 first = os.pidfd_open(1)
 print(json.dumps([
-    attempt(lambda: write_memory("self")), attempt(lambda: write_memory(1)),
-    attempt(lambda: write_memory("self/../1")), attempt(lambda: write_memory("1/task/1")),
+    attempt(lambda: read_memory("self")), attempt(lambda: read_memory(1)),
+    attempt(lambda: read_memory("self/../1")), attempt(lambda: read_memory("1/task/1")),
     os.listdir("/proc/1"), attempt(lambda: os.mkdir("/proc/1/x")),
     [libc_says(438, first, i, 0) for i in range(9)], libc_says(readv, 1, 0, 0, 0, 0, 0),
 ]))
@@ -349,7 +350,7 @@ mounts = [line.split() for line in open("/proc/self/mounts")]
 print(json.dumps([place for _, place, _, flags, *_ in mounts if "rw" in flags.split(",")]))
 """
     devices = {f"/dev/{x}" for x in ("null", "zero", "full", "random", "urandom", "tty", "pts")}
-    assert set(answer(program)) - devices == {"/tmp", "/proc"}
+    assert set(answer(program)) - devices == {"/tmp"}
 
 
 @boxed
@@ -520,6 +521,23 @@ score = int(open("/proc/self/oom_score_adj").read())
 print(json.dumps([score, resource.getrlimit(resource.RLIMIT_CORE)]))
 """
     assert answer(program) == [1000, [1, 1]]
+
+
+@boxed
+def test_a_program_changes_nothing_in_proc():
+    """It once lowered its score, so that memory ended the process that trains."""
+    program = """
+import json, os
+refused = []
+for name in ("oom_score_adj", "coredump_filter", "loginuid", "timerslack_ns", "comm"):
+    try:
+        open(f"/proc/self/{name}", "w").close()
+    except OSError as e:
+        refused.append(e.errno)
+with open("/proc/self/fd/1", "w") as out:  # not a file of /proc
+    out.write(json.dumps(refused))
+"""
+    assert answer(program) == [errno.EROFS] * 5
 
 
 @boxed
