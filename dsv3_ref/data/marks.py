@@ -71,10 +71,24 @@ def never_prepend(values: Any) -> None:
             never_prepend(part)
 
 
+def accept_any_length(num_bytes: int) -> None:
+    """Do nothing: a text may have any length."""
+
+
+def num_utf8_bytes(text: str) -> int:
+    """Return the number of bytes of a text in UTF-8; a lone half of a character counts as one."""
+    return len(text.encode(errors="replace"))
+
+
 class MarkedTextEncoder:
-    """Encoder of texts in which some marks are meant and others are quoted."""
+    """Encoder of texts in which some marks are meant and others are quoted.
+
+    check_length: called with the number of bytes of a text before it is tokenized; raises a
+    `UserError` if they are too many.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
+        self.check_length: Callable[[int], None] = accept_any_length
         self.ids = find_marks(tokenizer)
         unknown = getattr(tokenizer.model, "unk_token", None)
         self.forbidden = {i for text, i in self.ids.items() if text != unknown}
@@ -117,6 +131,7 @@ class MarkedTextEncoder:
 
     def encode_text(self, text: str) -> list[int]:
         """Encode a text in which no mark is meant."""
+        self.check_length(num_utf8_bytes(text))
         return self.encode_plain(text, is_start=True)
 
     def encode(self, text: str, edge: str, is_start: bool = True) -> list[int]:
@@ -124,18 +139,28 @@ class MarkedTextEncoder:
 
         is_start: nothing precedes the text.
         """
+        pieces = [*self.split_at_marks(text, edge)]
+        self.check_length(sum(num_utf8_bytes(plain) for plain, _ in pieces))
         tokens: list[int] = []
+        for i, (plain, mark) in enumerate(pieces):
+            tokens += self.encode_plain(plain, is_start and i == 0)
+            if mark:
+                tokens.append(self.ids[mark])
+        return tokens
+
+    def split_at_marks(self, text: str, edge: str) -> Iterator[tuple[str, str]]:
+        """Yield (plain text, mark after it) of a text; the last mark is "".
+
+        Without the signs of `quote`, and the white space that a mark strips beside it.
+        """
         position = 0
         for match in self.find_marks(text, edge):
             left, right = self.strips.get(match[0], (False, False))
             before = text[position : match.start()].replace(edge, "")
             skipped = len(text[match.end() :]) - len(text[match.end() :].lstrip()) if right else 0
-            before = before.rstrip() if left else before
-            tokens += self.encode_plain(before, is_start and position == 0)
-            tokens.append(self.ids[match[0]])
+            yield before.rstrip() if left else before, match[0]
             position = match.end() + skipped
-        rest = text[position:].replace(edge, "")
-        return tokens + self.encode_plain(rest, is_start and position == 0)
+        yield text[position:].replace(edge, ""), ""
 
     def find_marks(self, text: str, edge: str) -> Iterator[re.Match[str]]:
         """Yield the marks in a text that `quote` has not broken."""

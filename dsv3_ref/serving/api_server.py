@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,7 @@ from dsv3_ref.serving.config import (
     validate_serve_config,
 )
 from dsv3_ref.serving.fields import InvalidField, JSONObject
+from dsv3_ref.serving.json_body import BodyBudget
 from dsv3_ref.serving.network import (
     CACHE_SALT,
     ApiKeys,
@@ -39,7 +41,7 @@ from dsv3_ref.serving.protocol import (
     response_head,
     stream_choices,
 )
-from dsv3_ref.serving.service import ENGINE_FAILED, MAX_BODY_BYTES, Service
+from dsv3_ref.serving.service import ENGINE_FAILED, Service
 from dsv3_ref.serving.tool_calls import AnswerParser, AnswerPart
 
 if TYPE_CHECKING:  # optional dependencies
@@ -168,10 +170,13 @@ def format_event(data: JSONObject) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-async def read_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> bytes:
-    """Return the body of an HTTP request; raise an `HTTPError`.
+async def receive_body(
+    request: "HTTPRequest", data: bytearray, max_bytes: int, budget: BodyBudget
+) -> None:
+    """Append the body of an HTTP request to `data`, and count it; raise an `HTTPError`.
 
-    The content type must be JSON: a browser then refuses to send the request for a foreign page.
+    Raises `QueueFull` if it exceeds what is left of the budget. The content type must be JSON: a
+    browser then refuses to send the request for a foreign page.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding != "identity":
@@ -181,12 +186,11 @@ async def read_body(request: "HTTPRequest", max_bytes: int = MAX_BODY_BYTES) -> 
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise HTTPError(415, "the content type must be application/json")
-    data = bytearray()
     async for part in request.stream():
+        budget.take(len(part), len(data) + len(part))
         data += part
         if len(data) > max_bytes:
             raise HTTPError(413, f"the body must not exceed {max_bytes} bytes")
-    return bytes(data)
 
 
 async def wait_disconnect(request: "HTTPRequest") -> None:
@@ -246,11 +250,21 @@ class Endpoints:
         self.service.requests[response.status_code] += 1
         return response
 
+    @asynccontextmanager
+    async def body_of(self, http_request: "HTTPRequest") -> AsyncIterator[bytearray]:
+        """Yield the body of a request, which counts in the budget until the end of the `with`."""
+        service, data = self.service, bytearray()
+        try:
+            await receive_body(http_request, data, service.max_body_bytes, service.body_budget)
+            yield data
+        finally:
+            service.body_budget.used -= len(data)
+
     async def read(self, http_request: "HTTPRequest", parse: Callable[[bytes], Answer]) -> Answer:
         """Return the body of a request, parsed outside the event loop; raise an `HTTPError`."""
-        data = await read_body(http_request, self.service.max_body_bytes)
-        parsed = self.service.tokenize_pool.run(len(data), lambda: parse(data))
-        values = await cancel_on_disconnect(http_request, parsed)
+        async with self.body_of(http_request) as data:
+            parsed = self.service.tokenize_pool.run(len(data), lambda: parse(bytes(data)))
+            values = await cancel_on_disconnect(http_request, parsed)
         if values is None:
             raise HTTPError(499, "the client has disconnected")
         return values
@@ -282,8 +296,8 @@ class Endpoints:
 
     async def update_weights(self, http_request: "HTTPRequest") -> "Response":
         """Load other weights into the running model."""
-        data = await read_body(http_request, self.service.max_body_bytes)
-        return json_response(await self.service.update_weights(data), 200)
+        async with self.body_of(http_request) as data:
+            return json_response(await self.service.update_weights(bytes(data)), 200)
 
     def health(self) -> "Response":
         """Return whether the server is ready (status 200), draining or failed (status 503)."""

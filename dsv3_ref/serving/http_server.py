@@ -30,6 +30,9 @@ SPARE_DESCRIPTORS = 16  # left for files that the server opens
 MIN_BYTES_READ = 1024  # by a client that counts as reading
 CLOSING_SECONDS = 1.0  # in which a refused client may read the answer
 TICK_SECONDS = 0.1  # how often uvicorn looks for the end
+MAX_HEAD_BYTES = 1 << 16  # of a request line with its headers
+FREE_PIECES = 512  # of a body, however short
+MIN_PIECE_BYTES = 256  # of the others on average: each takes time to read, however short
 # ── Limits of a connection ──
 
 
@@ -62,6 +65,28 @@ def descriptor_limits(max_connections: int) -> tuple[int, int]:
     return max(1, min(max_connections, room)), backlog
 
 
+class PieceLimitedConnection(h11.Connection):
+    """HTTP of a connection; a body in many short pieces, such as chunks of one byte, is an error.
+
+    A piece takes as long to read as 10 KB of a longer one, and the event loop reads many at once.
+    """
+
+    num_pieces = 0
+    num_bytes = 0
+
+    def next_event(self) -> Any:
+        """Return what has been received next; raise an `h11.RemoteProtocolError`."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self.num_pieces += 1
+            self.num_bytes += len(event.data)
+            if (self.num_pieces - FREE_PIECES) * MIN_PIECE_BYTES > self.num_bytes:
+                raise h11.RemoteProtocolError("the pieces of this body are too short")
+        elif isinstance(event, h11.Request):
+            self.num_pieces = self.num_bytes = 0
+        return event
+
+
 class LimitedProtocol(H11Protocol):
     """A connection that is closed when a phase of it takes too long.
 
@@ -74,6 +99,10 @@ class LimitedProtocol(H11Protocol):
     phase_start = 0.0
     phase_timer: asyncio.TimerHandle | None = None
     stall_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.conn = PieceLimitedConnection(h11.SERVER, MAX_HEAD_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count a new connection, and start the time in which it must send a request."""
@@ -210,7 +239,7 @@ def limited_options(limits: ConnectionLimits) -> dict[str, Any]:
 
     return {
         "http": Protocol, "ws": "none", "backlog": backlog, "log_level": "critical",
-        "timeout_keep_alive": math.ceil(limits.idle), "h11_max_incomplete_event_size": 1 << 16,
+        "timeout_keep_alive": math.ceil(limits.idle),
         "proxy_headers": False, "server_header": False, "access_log": False,
     }  # fmt: skip
 

@@ -2,12 +2,32 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from json.scanner import py_make_scanner  # type: ignore[attr-defined]  # not in its stubs
 from typing import Any
 
 from dsv3_ref.config import UserError
+from dsv3_ref.serve import QueueFull
 
 SMALL_BODY_BYTES = 1 << 14  # which the scanner in C reads in less than a millisecond
+
+
+@dataclass
+class BodyBudget:
+    """The bytes of all bodies that are being received or wait to be read."""
+
+    limit: int
+    used: int = 0
+
+    def take(self, num_bytes: int, body_bytes: int) -> None:
+        """Count more bytes of a body that then has `body_bytes`.
+
+        Raises `QueueFull` beyond the limit, but not for small bodies: large ones cannot keep them
+        out.
+        """
+        if body_bytes > SMALL_BODY_BYTES and self.used + num_bytes > self.limit:
+            raise QueueFull
+        self.used += num_bytes
 
 
 class UniqueFieldsDecoder(json.JSONDecoder):

@@ -5,6 +5,7 @@ import binascii
 import hashlib
 import hmac
 import json
+import re
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.serving.protocol import error_body
 
 if TYPE_CHECKING:  # optional dependencies
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CACHE_SALT = "dsv3.cache_salt"  # the entry of an ASGI scope with the salt of the client's API key
 OPEN_PATHS = ("/", "/health")  # that need no API key
@@ -200,6 +201,40 @@ def guard_app(
         await app(scope, receive, send)
 
     return guarded
+
+
+def limit_requests(app: "ASGIApp", paths: re.Pattern[str], max_body_bytes: int) -> "ASGIApp":
+    """Return an ASGI app that refuses other paths and longer bodies, whatever the app itself does.
+
+    A body is complete before the app is called.
+    """
+
+    async def limited(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        if not paths.fullmatch(scope["path"]):
+            await refuse(send, 404, f"there is no {scope['path'][:80]!r}")
+            return
+        body, is_complete = bytearray(), False
+        while not is_complete:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > max_body_bytes:
+                await refuse(send, 413, f"the body must not exceed {max_body_bytes} bytes")
+                return
+            is_complete = not message.get("more_body")
+        first = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        del body
+
+        async def receive_again() -> "Message":
+            return first.pop() if first else await receive()
+
+        await app(scope, receive_again, send)
+
+    return limited
 
 
 async def refuse(

@@ -29,6 +29,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 RELOAD = "/update_weights_from_disk"  # as in SGLang
 MAX_TEMPERATURE = 2
+MAX_ERROR_LENGTH = 1000  # characters of an error, which may quote the request
 
 # ── Fields ──
 
@@ -435,7 +436,8 @@ def stream_choices(
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> JSONObject:
-    """Return the body of an error response."""
+    """Return the body of an error response, with the beginning of a long message."""
+    message = message[:MAX_ERROR_LENGTH]
     if status == 429:
         kind = "rate_limit_error"
     else:

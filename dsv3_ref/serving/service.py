@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, load_into
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.marks import num_utf8_bytes
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, check_tokens
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer
@@ -37,7 +38,7 @@ from dsv3_ref.serving.fields import (
     parse_fields,
     string,
 )
-from dsv3_ref.serving.json_body import parse_json
+from dsv3_ref.serving.json_body import BodyBudget, parse_json
 from dsv3_ref.serving.output_processor import CompletionPiece, ServedRequest
 from dsv3_ref.serving.prefill import PrefillWorker, dispatch_prefill
 from dsv3_ref.serving.protocol import (
@@ -61,6 +62,7 @@ ENGINE_FAILED = "the engine has failed and this server is about to end; see its 
 DRAINING = "the server is shutting down: retry later"
 STOP_SECONDS = 5.0  # that a step of the engine may take to end
 MAX_BODY_BYTES = 4 << 20
+MAX_ALL_BODIES_BYTES = 256 << 20
 
 
 # ── The service ──
@@ -94,6 +96,8 @@ class Service:
         self.sampling_defaults = sampling_defaults(self.chat, self.limits, args)
         self.tokenize_pool = TokenizePool(self.tokenizer, max_len, args.max_queue)
         self.max_body_bytes = self.tokenize_pool.max_body_bytes(args.max_n, MAX_BODY_BYTES)
+        self.body_budget = BodyBudget(MAX_ALL_BODIES_BYTES)
+        self.chat.encoder.check_length = self.tokenize_pool.check_length
         self.is_draining = False
         self.requests: Counter[int] = Counter()  # by HTTP status
         self.num_listed = 0  # log-probabilities of requests that have not been answered
@@ -229,9 +233,16 @@ class Service:
     def detokenize(self, data: bytes) -> JSONObject:
         """Return the text of tokens, special ones included."""
         tokens = self.read_values(data, DETOKENIZE).get("tokens")
-        if not isinstance(tokens, list) or not are_token_ids(tokens, self.limits.vocab_size):
+        limits = self.limits
+        if (
+            not isinstance(tokens, list)
+            or len(tokens) > limits.max_model_len
+            or not are_token_ids(tokens, limits.vocab_size)
+        ):
             raise InvalidField(
-                "tokens", f"tokens must be a list of token ids below {self.limits.vocab_size}"
+                "tokens",
+                f"tokens must be a list of at most {limits.max_model_len} token ids below "
+                f"{limits.vocab_size}",
             )
         return {"prompt": self.tokenizer.decode(tokens, skip_special_tokens=False)}
 
@@ -508,7 +519,7 @@ def num_text_bytes(value: object) -> int:
     """Return the bytes of a prompt or of a message's content, as far as it is text."""
     parts = value if isinstance(value, list) else [{"text": value}]
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return sum(len(text.encode(errors="replace")) for text in texts if isinstance(text, str))
+    return sum(num_utf8_bytes(text) for text in texts if isinstance(text, str))
 
 
 def labeled_counter(name: str, label: str, counts: Mapping[Any, int]) -> list[str]:

@@ -54,6 +54,12 @@ def run_job(job: list[Callable[[], Tokens]]) -> Tokens:
     return job.pop()()
 
 
+def take_exception(future: asyncio.Future) -> None:
+    """Read the exception of a future: asyncio logs those that no caller awaits anymore."""
+    if not future.cancelled():
+        future.exception()
+
+
 class TokenizePool:
     """Two threads that read and tokenize the bodies of requests: one for small ones, one for large.
 
@@ -104,7 +110,9 @@ class TokenizePool:
             raise
         future.add_done_callback(self.forget)
         try:
-            return await asyncio.shield(asyncio.wrap_future(future))
+            result = asyncio.wrap_future(future)
+            result.add_done_callback(take_exception)
+            return await asyncio.shield(result)
         finally:
             job.clear()
 

@@ -27,6 +27,7 @@ from dsv3_ref.serving.network import (
     guard_app,
     host_rule,
     is_loopback,
+    limit_requests,
     origin_rule,
 )
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
@@ -37,6 +38,15 @@ if TYPE_CHECKING:  # optional dependencies
     import uvicorn
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# What a browser asks for. gradio also serves files, uploads, recordings, links and proxies.
+PAGE_PATHS = re.compile(
+    r"/|/(?:assets|static)/.*|/(?:config|theme\.css|favicon\.ico|manifest\.json)"
+    r"|/gradio_api/(?:info|cancel|reset|heartbeat/\w+|run/\w+|queue/join|queue/data)"
+)
+MAX_PAGE_BODY_BYTES = 1 << 20
+MAX_WAITING = 64  # answers
+MAX_SESSIONS = 256  # in memory; beyond that, the one that has been used longest ago is forgotten
+MAX_PAGE_CHARACTERS = 1 << 22  # of the past turns that a session keeps showing
 FRAME_SECONDS = 0.05  # minimum time between two updates of a growing answer
 # What a browser may do. gradio evaluates code, styles elements one by one, and needs workers.
 CONTENT_SECURITY_POLICY = (
@@ -89,6 +99,13 @@ class Session:
         self.turn = Turn(replace_surrogates(question.strip()), self.num_questions)
         self.num_questions += 1
         return self.turn
+
+    def remember(self, turns: list[list[dict]], page: str) -> None:
+        """Keep a conversation and the page of its last turn; drop the oldest of too long pages."""
+        self.turns = turns
+        self.pages.append(page)
+        while len(self.pages) > 1 and sum(map(len, self.pages)) > MAX_PAGE_CHARACTERS:
+            del self.pages[0]
 
     def stop(self) -> None:
         """End the active answer with the text generated so far."""
@@ -151,8 +168,7 @@ def answer_turn(
             yield grown
         annotate_turn(generator, turn)
         if session.turn is turn:
-            session.turns = [*turns[:-1], answered(turns[-1], turn.text)]
-            session.pages.append(render_turn(turn))
+            session.remember([*turns[:-1], answered(turns[-1], turn.text)], render_turn(turn))
             yield turn
     finally:  # also when the browser has disconnected
         if session.turn is turn:
@@ -480,10 +496,11 @@ def build_web_app(generator: TextGenerator[ChatConfig]) -> "ASGIApp":
         "footer_links": [], "max_file_size": 1,
     }  # fmt: skip
     options = supported_options(gr.mount_gradio_app, options)
+    blocks.queue(max_size=MAX_WAITING)
+    blocks.state_session_capacity = MAX_SESSIONS
     app = FastAPI(openapi_url=None)
-    return with_security_policy(
-        gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
-    )
+    app = gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
+    return limit_requests(with_security_policy(app), PAGE_PATHS, MAX_PAGE_BODY_BYTES)
 
 
 def make_web_server(app: "ASGIApp") -> "uvicorn.Server":

@@ -184,7 +184,8 @@ def pick_user_id() -> int | None:
 def tmpfs_args(user: int | None, limits: Limits) -> list[str]:
     """Return a command that mounts a small tmpfs, in a namespace of its own, and runs the rest.
 
-    The OOM killer ends all of it first. bwrap limits the bytes of a tmpfs but not its inodes, which occupy kernel memory.
+    The OOM killer ends all of it first. bwrap limits the bytes of a tmpfs but not its inodes, which
+    occupy kernel memory.
     """
     namespaces = ["--mount", *(["--user", "--map-root-user"] if user is None else [])]
     options = f"mode=1777,nosuid,nodev,size={limits.disk},nr_inodes={limits.inodes}"

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -118,6 +119,34 @@ def test_half_requests_do_not_lock_others_out(here):
         attacker.close()
 
 
+def test_a_body_in_tiny_chunks_does_not_stop_the_others(here):
+    """One client once kept the event loop busy for seconds with a body of one byte per chunk."""
+    chunks = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200_000
+    with socket.create_connection(here[0]) as connection:
+
+        def send():
+            with suppress(OSError):
+                connection.sendall(chunks)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        start = time.monotonic()
+        assert ask(here[0]).status_code == 200 and time.monotonic() - start < 1
+        seconds_until_closed(connection)
+        sender.join()
+    assert ask(here[0]).status_code == 200
+
+
+@pytest.mark.parametrize("size", [1, 500])
+def test_a_body_in_chunks_is_read(here, size):
+    """A client may write a small body piece by piece, and a large one in pieces of some size."""
+    body = json.dumps({"prompt": "we", "max_tokens": 1, "user": "x" * (300 * size)}).encode()
+    pieces = (body[i : i + size] for i in range(0, len(body), size))
+    url = f"http://{here[0][0]}:{here[0][1]}/v1/completions"
+    head = {"content-type": "application/json"}
+    assert httpx.post(url, content=pieces, headers=head).status_code == 200
+
+
 def test_running_requests_keep_their_places(folder):
     with limited(folder, ConnectionLimits(max_connections=2)) as (address, service, _):
         step = service.engine.step
@@ -191,6 +220,27 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(here, monkey
         assert answer.status_code == 400 and "cannot fit" in answer.json()["error"]["message"]
 
 
+TEMPLATE = "{{ tools }}{% for turn in messages %}{{ turn.content }}{% endfor %}{{ more }}"
+
+
+def test_a_conversation_that_cannot_fit_is_refused_before_it_is_tokenized(
+    folder, tmp_path, monkeypatch
+):
+    """Whatever a template renders counts, tools and variables too; what it leaves out does not."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    with limited(tmp_path / "model") as (address, service, _):
+        long = "x" * (256 * max_bytes_per_token(service.tokenizer) + 1)
+        url = f"http://{address[0]}:{address[1]}/tokenize"
+        talk = {"messages": [{"role": "user", "content": "we"}]}
+        dropped = talk | {"chat_template_kwargs": {"other": long}}
+        assert httpx.post(url, json=dropped).json()["count"] > 0
+        monkeypatch.setattr(service.chat.encoder, "encode_plain", lambda *_: 1 / 0)
+        for more in ({"tools": [{"a": long}]}, {"chat_template_kwargs": {"more": long}}):
+            answer = httpx.post(url, json=talk | more)
+            assert answer.status_code == 400 and "cannot fit" in answer.json()["error"]["message"]
+
+
 def test_a_request_that_cannot_fit_is_refused_before_it_is_read(here):
     """Long lists, nested content and bodies larger than any prompt that fits."""
     address, service, _ = here
@@ -209,6 +259,43 @@ def test_a_request_that_cannot_fit_is_refused_before_it_is_read(here):
         (ask(address, {"prompt": None, "max_tokens": 1}), 200),  # as if absent
     ):
         assert answer.status_code == status, answer.text
+
+
+def test_bodies_that_arrive_at_the_same_time_are_bounded(here, monkeypatch):
+    """Clients that stop in the middle of large ones keep other large ones out, no small ones."""
+    address, service, _ = here
+    monkeypatch.setattr(service.body_budget, "limit", 100_000)
+    large = {"prompt": "we", "max_tokens": 1, "user": "x" * 50_000}
+    senders = []
+    for _ in range(2):
+        senders.append(socket.create_connection(address))
+        senders[-1].sendall(HEAD + b"Content-Length: 50000\r\n\r\n" + b" " * 45_000)
+    end = time.monotonic() + 5
+    while service.body_budget.used < 90_000 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert service.body_budget.used == 90_000
+    answer = ask(address, large)
+    assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+    assert ask(address).status_code == 200
+    for sender in senders:
+        sender.close()
+    while service.body_budget.used and time.monotonic() < end:
+        time.sleep(0.01)
+    assert service.body_budget.used == 0 and ask(address, large).status_code == 200
+
+
+def test_tokens_that_cannot_fit_are_not_decoded(here):
+    url = f"http://{here[0][0]}:{here[0][1]}/detokenize"
+    assert httpx.post(url, json={"tokens": [5] * 256}).status_code == 200
+    answer = httpx.post(url, json={"tokens": [5] * 257})
+    assert answer.status_code == 400 and "a list of at most 256 token ids" in answer.text
+
+
+def test_an_error_does_not_repeat_a_long_text(here):
+    url = f"http://{here[0][0]}:{here[0][1]}/v1/chat/completions"
+    answer = httpx.post(url, json={"messages": [{"role": "x" * 50_000, "content": ""}]})
+    assert answer.status_code == 400 and "turn 1 is by" in answer.text
+    assert len(answer.content) < 2000
 
 
 def test_the_longest_prompt_that_fits_is_served(here):
@@ -267,7 +354,11 @@ def test_a_body_that_nobody_waits_for_is_dropped(here):
     pool = TokenizePool(here[1].tokenizer, 256, max_queue=3)
     gate = threading.Event()
 
+    logged: list[dict] = []
+
     async def leave() -> list[weakref.ref]:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: logged.append(context))
         blocker = asyncio.ensure_future(pool.run(1 << 20, gate.wait))
         await asyncio.sleep(0.01)
         bodies = []
@@ -289,6 +380,8 @@ def test_a_body_that_nobody_waits_for_is_dropped(here):
         while pool.num_pending:
             await asyncio.sleep(0.01)
         assert await pool.run(1 << 20, bool) is False
+        gc.collect()
+        assert not logged, "the log does not grow with clients that leave"
         return bodies
 
     try:

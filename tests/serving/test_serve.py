@@ -47,6 +47,7 @@ from dsv3_ref.serve import (
 )
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.engine_thread import Histogram
+from dsv3_ref.serving.service import MAX_BODY_BYTES
 from dsv3_ref.serving.prefill import transfer_from_bytes, transfer_to_bytes
 from dsv3_ref.studies import load_test
 
@@ -709,7 +710,7 @@ def test_other_mistakes(here, client):
 
     assert post("{").status_code == post("[]").status_code == post("[" * 100_000).status_code == 400
     assert post("{}", **{"content-type": "text/plain"}).status_code == 415
-    assert post(b'{"a": "' + b"x" * (api_server.MAX_BODY_BYTES + 1) + b'"}').status_code == 413
+    assert post(b'{"a": "' + b"x" * (MAX_BODY_BYTES + 1) + b'"}').status_code == 413
     with pytest.raises(
         openai.NotFoundError, match="there is no model 'gpt'; this server serves 'model'"
     ):

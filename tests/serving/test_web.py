@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -312,6 +313,16 @@ def test_the_oldest_turns_are_dropped_and_counted(generator):
     assert len(turn.prompt) + 120 <= 256 and len(session.pages) == 3
 
 
+def test_a_session_keeps_a_limited_page(monkeypatch):
+    monkeypatch.setattr(web, "MAX_PAGE_CHARACTERS", 10)
+    session = Session()
+    for page in ("aaaa", "bbbb", "cccc", "d" * 20):
+        session.remember([], page)
+        kept = session.pages[:]
+        assert kept[-1] == page and (sum(map(len, kept)) <= 10 or len(kept) == 1)
+    assert kept == ["d" * 20]
+
+
 # ── Mistakes ──
 
 
@@ -501,6 +512,46 @@ def test_the_page_forbids_to_fetch_from_elsewhere(address):
     config = json.loads(re.search(r"window.gradio_config = (\{.*?\});</script>", html)[1])
     assert not config["analytics_enabled"] and not config.get("run_history")
     assert not config.get("is_colab") and not config.get("space_id")
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [("POST", "upload"), ("POST", "process_recording"), ("POST", "component_server"),
+     ("POST", "vibe-edit"), ("GET", "file=/etc/passwd"), ("GET", "proxy=https://a.hf.space"),
+     ("GET", "deep_link?session_hash=a"), ("GET", "stream/a/b/0/playlist-file"),
+     ("GET", "queue/data/../../file=a"), ("GET", "token")],
+)  # fmt: skip
+def test_only_what_the_page_needs_is_served(address, method, path):
+    """Some of gradio's other routes write files for anyone who asks."""
+    files = {"files": ("a.txt", b"x")} if method == "POST" else None
+    response = httpx.request(method, f"{address}/gradio_api/{path}", files=files)
+    assert response.status_code == 404 and "there is no" in response.json()["error"]["message"]
+
+
+def test_a_long_question_is_refused_before_it_is_read(address):
+    """150 MB once took 20 GB of memory, and the page answered nobody else for two minutes."""
+    tab = Tab(address)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        tab.ask("x" * (1 << 20))
+    assert error.value.code == 413
+    last(tab.ask("we talk")[1])
+
+
+def test_waiting_answers_are_limited(address, monkeypatch):
+    def endless(generator, turn):
+        while True:
+            time.sleep(0.05)
+            yield turn
+
+    monkeypatch.setattr(web, "generate_turn", endless)
+    tabs = [Tab(address) for _ in range(web.MAX_WAITING + 2)]
+    streams = []
+    with pytest.raises(urllib.error.HTTPError) as error:
+        for tab in tabs:
+            streams.append(tab.ask("we talk")[1])
+    assert error.value.code == 503 and len(streams) >= web.MAX_WAITING
+    for stream in streams:
+        stream.close()
 
 
 class Tab:
