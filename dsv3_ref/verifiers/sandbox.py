@@ -345,9 +345,17 @@ def run_program(program: str, stdin: str = "", limits: Limits = LIMITS) -> Execu
 def call_function(
     program: str, function: str, args: Iterable, limits: Limits = LIMITS
 ) -> ExecutionResult:
-    """Call a program's `function` or `Solution().function` with JSON values; it returns JSON."""
+    """Call a program's function with JSON values; it returns JSON.
+
+    function: its name, which may be that of a method of the program's class `Solution`.
+    """
     texts = {"/main.py": program, "/args.json": json.dumps(list(args))}
-    return execute(CALL_SCRIPT.replace("{function}", function), texts, "", limits)
+    is_method = (
+        f"{function!r} not in globals() and hasattr(globals().get('Solution'), {function!r})"
+    )
+    name = f"(Solution().{function} if {is_method} else {function})"
+    called = name if function.isidentifier() else function
+    return execute(CALL_SCRIPT.replace("{function}", called), texts, "", limits)
 
 
 def map_parallel(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:

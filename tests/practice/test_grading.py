@@ -17,7 +17,7 @@ from dsv3_ref.posttraining.grpo import RewardFn, Rollout, check_reward
 from dsv3_ref.posttraining.prompts import TASKS, FileTask, Problem, parse_weights
 from dsv3_ref.rewards import extract_boxed, extract_code, has_think_format
 from dsv3_ref.verifiers.answers import answers_equal
-from dsv3_ref.verifiers.code_grader import StdinCase
+from dsv3_ref.verifiers.code_grader import FunctionCase, StdinCase
 from dsv3_ref.verifiers.math_verifier import MathVerifier, shared_verifier
 
 # ── Pairs of answers: given, right, whether they are equal ──
@@ -209,6 +209,25 @@ def test_an_empty_input_is_at_its_end():
     assert StdinCase("", "end").passed("try:\n    input()\nexcept EOFError:\n    print('end')")
     assert not StdinCase("", "").passed("input()")
     assert StdinCase("\n", "0").passed("print(len(input()))")
+
+
+METHOD = "class Solution:\n    def add(self, a, b):\n        return a + b\n"
+
+
+@boxed
+@pytest.mark.parametrize(
+    "program, result",
+    [
+        (METHOD, 3), (METHOD + "def add(a, b):\n    return 5\n", 5),
+        ("def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    print(add(1, 2))\n", 3),
+        ("class Solution:\n    pass\n", None), ("Solution = None\n", None),
+    ],
+)  # fmt: skip
+def test_a_function_may_be_a_method_of_the_class_solution(program, result):
+    """allenai/olmo-eval pull request #354: LiveCodeBench names the method, LeetCode's form has the
+    class. Only the name `Solution().add` was found."""
+    assert FunctionCase("add", (1, 2), result).passed(program) is (result is not None)
+    assert FunctionCase("Solution().add", (1, 2), 3).passed(program) is (METHOD in program)
 
 
 @pytest.mark.parametrize(
