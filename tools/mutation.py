@@ -64,6 +64,7 @@ ENGINE_TESTS = [  # of the serving engine, without a server
         "test_in_fp64_tokens_are_exactly_those_of_one_stream",
         "test_a_seed_repeats_a_draw_whoever_else_is_there",
         "test_logits_are_those_of_a_full_forward_pass",
+        "test_every_token_of_a_prompt_after_the_first_has_a_log_probability",
         "test_a_stop_token_ends_a_row",
         "test_a_likely_stop_token_waits_for_the_least_number_of_tokens",
         "test_drafts_are_the_likeliest_tokens_of_the_mtp_modules",

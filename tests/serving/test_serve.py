@@ -210,6 +210,20 @@ def test_logits_are_those_of_a_full_forward_pass(model, depth):
             )
 
 
+def test_every_token_of_a_prompt_after_the_first_has_a_log_probability(model):
+    rows = [Request([3 + i for i in range(n)], 2, num_logprobs=0) for n in (1, 2, 15)]
+    for row in rows:
+        row.wants_prompt_logprobs = True
+        assert row.lacks_prompt_logprobs == (row.num_prompt_tokens > 1)
+    for row in run(engine(model), rows):
+        with torch.no_grad():
+            logp_sw = model(torch.tensor([row.prompt_tokens]))[0].log_softmax(-1)
+        want = logp_sw[:-1].gather(1, torch.tensor(row.prompt_tokens[1:])[:, None])[:, 0]
+        found = [x for x, _ in row.prompt_logprobs]
+        assert found == pytest.approx(want.tolist(), abs=1e-4)
+        assert not row.lacks_prompt_logprobs
+
+
 @pytest.mark.parametrize("depth", [0, 2])
 def test_a_stop_token_ends_a_row(model, depth):
     free = run(engine(model, num_speculative_tokens=depth), [Request([1, 2, 3], 20)])[
