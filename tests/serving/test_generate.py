@@ -18,7 +18,13 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
 from dsv3_ref.serving.generate import FORGETTING, run_generate
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
-from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
+from dsv3_ref.serving.text_generator import (
+    NO_PENALTY,
+    TextGenerator,
+    answered,
+    fit_history,
+    question,
+)
 
 TALK = ["we talk, and talk again: naïve ☕ 漢字, over and over.\n"] * 50
 
@@ -164,6 +170,25 @@ def test_the_models_own_sampling_is_the_default(run, tmp_path):
         generator = TextGenerator(GenerateConfig(home, temperature=options[0], top_p=options[1]))
         assert generator.sampling_params[:2] == want
         assert generator.sampling_params[3:] == (5, 0.1)
+
+
+@pytest.mark.parametrize("values, is_named", [("", False), ("1.0", False), ("1.1", True)])
+def test_a_penalty_that_has_no_effect_is_named(run, tmp_path, capsys, values, is_named):
+    home = tmp_path / "model"
+    shutil.copytree(run, home)
+    if values:
+        (home / "generation_config.json").write_text(f'{{"repetition_penalty": {values}}}')
+    TextGenerator(GenerateConfig(home))
+    assert (NO_PENALTY in capsys.readouterr().err) is is_named
+
+
+def test_as_many_tokens_follow_as_the_longest_prompt_leaves_room_for(run):
+    generator = TextGenerator(GenerateConfig(run, max_new_tokens=10))
+    assert generator.num_new_tokens([[5] * 54, [6]]) == 10
+    assert generator.num_new_tokens([[6], [5] * 55]) == 9
+    assert generator.num_new_tokens([[5] * 63]) == 1
+    with pytest.raises(UserError, match="has 64 tokens, but the model reads at most 63"):
+        generator.num_new_tokens([[5] * 64])
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
