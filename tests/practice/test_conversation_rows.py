@@ -130,6 +130,17 @@ def test_what_is_no_whole_conversation():
     assert whole_conversation([ASK, TELL], "ask") == [ASK, TELL]
 
 
+def test_a_talk_of_several_turns_in_one_text():
+    """Anthropic's hh-rlhf writes whole talks as texts."""
+    text = "\n\nHuman: q0\n\nAssistant: a0\n\nHuman: q\n\nand more\n\nAssistant: a"
+    talk = whole_conversation(text, None)
+    assert [(turn["role"], turn["content"]) for turn in talk] == [
+        ("user", "q0"), ("assistant", "a0"), ("user", "q\n\nand more"), ("assistant", "a")
+    ]  # fmt: skip
+    other = whole_conversation(text.replace("Assistant: a0", "Assistant: b0"), None)
+    assert [common_length(talk, x) for x in (talk, other, talk[:2])] == [3, 1, 1]
+
+
 def test_history_and_input_of_alpaca():
     row = {"instruction": "q", "input": "x", "output": "a", "history": [["q0", "a0"]]}
     turns = [turn["content"] for turn in parse_conversation(row).messages]
