@@ -256,6 +256,7 @@ def test_drafts_are_the_likeliest_tokens_of_the_mtp_modules(micro, exact, depth,
 
     monkeypatch.setattr(Speculator, "propose", recorded)
     rows = [Request(list(range(n)), 5) for n in (1, 5, 17)]
+    rows.append(Request([9, 8, 7, 6], 5, num_logprobs=0, wants_prompt_logprobs=True))
     run(engine(model, num_speculative_tokens=depth), rows)
     assert len(seen) >= 6 and all(len(drafts) == depth for _, drafts in seen)
     for tokens, drafts in seen:
