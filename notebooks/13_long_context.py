@@ -486,7 +486,7 @@ def merge_zigzag(parts_jbsx: Tensor) -> Tensor:
     return torch.cat((*low_jbsx, *high_jbsx.flip(0)), dim=1)
 
 
-class Span(NamedTuple):
+class QuerySpan(NamedTuple):
     """Consecutive queries of one sample, and the keys that they see."""
 
     first_key: int
@@ -494,20 +494,20 @@ class Span(NamedTuple):
     end: int  # of queries and keys
 
 
-def query_spans(chunks: Sequence[range], bounds: Sequence[int]) -> list[Span]:
+def query_spans(chunks: Sequence[range], bounds: Sequence[int]) -> list[QuerySpan]:
     """Return the spans of a rank's chunks; `bounds`: 0 and the end of each sample in the row."""
     spans = []
     for chunk in chunks:
         for first, end in pairwise(bounds):
             a, b = max(first, chunk.start), min(end, chunk.stop)
             if a < b:
-                spans.append(Span(first, a, b))
+                spans.append(QuerySpan(first, a, b))
     return spans
 
 
 def attend_spans(
     q_bshi: Tensor, q_bshr: Tensor, c_btc: Tensor, k_btr: Tensor, wkv_b: Tensor, scale: float,
-    spans: Sequence[Span],
+    spans: Sequence[QuerySpan],
 ) -> Tensor:  # fmt: skip
     """Compute the rows of `attend_expanded` that belong to a rank's queries, (b, s, h, v).
 
