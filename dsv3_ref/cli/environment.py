@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dsv3_ref.data.terminal import printable
+
 BROKEN_PIPE = 128 + 13  # what a shell reports for a process that SIGPIPE has ended
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "cannot allocate memory",
                  "failed to map segment", "out of memory")  # fmt: skip
@@ -60,7 +62,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def report(message: str) -> None:
     """Print an error as a sentence, if there is still somewhere to print it."""
     try:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {printable(message, sys.stderr)}", file=sys.stderr, flush=True)
     except OSError:
         discard(2)
 

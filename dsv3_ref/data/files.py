@@ -24,6 +24,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, hub, text_cache
 from dsv3_ref.data.discovery import is_special, list_folder, require_one_kind, suffix_reason
 from dsv3_ref.data.formats import PLAIN_TEXT, BrokenRow, DataFile
+from dsv3_ref.data.terminal import escape_controls
 
 MAX_REPORTS = 10  # broken rows of a source that are reported one by one
 MAX_REASONS = 6  # reasons for skipped files that are listed
@@ -89,8 +90,8 @@ def is_data_name(name: str) -> bool:
 
 
 def shown(name: str) -> str:
-    """Return a name that may have bytes which are not UTF-8 as text that can be printed."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """Return a name as text that can be printed: it may have control characters, or any bytes."""
+    return escape_controls(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 def missing_error(name: str, is_text: bool) -> UserError:

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.messages import Message
+from dsv3_ref.data.terminal import printable
 from dsv3_ref.serving.config import ChatConfig, GenerateConfig
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 from dsv3_ref.serving.web import serve_web_chat
@@ -22,15 +23,20 @@ def run_generate(args: GenerateConfig) -> None:
     num_pieces = 0
     texts = list(args.prompt)
     if is_single:
-        print(args.prompt[0], end="", flush=True)
+        print_text(args.prompt[0])
     for pieces in generator.iter_text(prompts):
         num_pieces += 1
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if is_single:
-            print(pieces[0], end="", flush=True)
-    print("" if is_single else "\n\n".join(texts))
+            print_text(pieces[0])
+    print_text("\n" if is_single else "\n\n".join(texts) + "\n")
     seconds = time.perf_counter() - start
     print(f"{num_pieces - 1} decoding steps in {seconds:.1f} s", file=sys.stderr)
+
+
+def print_text(text: str) -> None:
+    """Print a text of a model at once; a terminal shows its control characters as escapes."""
+    print(printable(text, sys.stdout), end="", flush=True)
 
 
 def run_chat(args: ChatConfig) -> None:
@@ -62,7 +68,7 @@ def chat_loop(generator: TextGenerator[ChatConfig]) -> None:
                 print(FORGETTING, file=sys.stderr)
             turns[-1] = answered(turns[-1], print_answer(generator, prompt))
         except UserError as e:
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {printable(str(e), sys.stderr)}", file=sys.stderr)
             turns, has_failed = before, True
     if has_failed and not sys.stdin.isatty():
         raise SystemExit(2)
@@ -81,7 +87,7 @@ def print_answer(generator: TextGenerator[ChatConfig], prompt: list[int]) -> str
     try:
         for (piece,) in generator.iter_text([prompt]):
             answer += piece
-            print(piece, end="", flush=True)
+            print_text(piece)
     except KeyboardInterrupt:
         print(" …", end="")
     print()

@@ -19,6 +19,7 @@ import dsv3_ref
 from dsv3_ref.config import Config, UserError
 
 RUN_FILE_SUFFIXES = (".yaml", ".yml", ".json")
+MAX_RUN_FILE = 1 << 20  # characters; PyYAML reads a megabyte in seconds
 
 # ── The record of a run ──
 
@@ -142,7 +143,10 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML or JSON file."""
     is_json = path.suffix.lower() == ".json"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_RUN_FILE + 1)  # a pipe has no size, and a device no end
+        if len(text) > MAX_RUN_FILE:
+            raise ValueError(f"it has more than {MAX_RUN_FILE} characters")
         values = json.loads(text) if is_json else RunFileLoader(text).get_single_data()
     except OSError as e:
         raise UserError(f"--config {path} cannot be read: {e.strerror}; give a run file") from None

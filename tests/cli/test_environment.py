@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_ref.cli import environment
 from dsv3_ref.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,13 @@ def shell(command: str, cwd, **env: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def test_an_error_that_quotes_a_file_does_not_control_the_terminal(monkeypatch, capsys):
+    """Names of tensors and errors of chat templates come from strangers."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    environment.report("unknown tensor \x1b]0;title\x07 in ☕\n")
+    assert capsys.readouterr().err == "error: unknown tensor \\x1b]0;title\\x07 in ☕\n\n"
 
 
 @pytest.mark.parametrize(

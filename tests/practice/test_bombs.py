@@ -18,7 +18,7 @@ from dsv3_ref.data.formats import DataFile, read_rows, read_texts
 from dsv3_ref.data.shards import read_index
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, copy_files, copy_tokenizer_settings
 from dsv3_ref.export.tokenizer_files import copy_tokenizer_files
-from dsv3_ref.training.run_file import read_run_file
+from dsv3_ref.training.run_file import read_mapping, read_run_file
 from dsv3_ref.training.settings import TrainConfig
 
 # ── Chat templates ──
@@ -163,6 +163,13 @@ def test_a_table_of_many_columns_is_read_in_linear_time(tmp_path):
 
 
 # ── Options ──
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such device")
+def test_a_run_file_without_end_is_refused():
+    """It once took all memory."""
+    with pytest.raises(UserError, match="/dev/zero is not YAML: it has more than 1048576 char"):
+        read_mapping(Path("/dev/zero"))
 
 
 def test_a_run_file_of_aliases_is_refused(tmp_path):

@@ -67,6 +67,28 @@ def test_a_stop_string_and_what_follows_is_never_shown(tokenizer, words, stop):
     assert text.ended == (stop in words)
 
 
+class Console(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_obeys_no_control_character_of_a_model(run, monkeypatch):
+    """A text could change the terminal's title, fill its clipboard or overwrite lines."""
+    attack = "a\x1b]52;c;cHdu\x07\x9b2J\rb\tc\n☕"
+    monkeypatch.setattr(StreamDetokenizer, "push", lambda *_: attack)
+    escaped = r"a\x1b]52;c;cHdu\x07\x9b2J\x0db" + "\tc\n☕"
+    command = ["generate", str(run), "--prompt", attack, "--max-new-tokens", "2"]
+    shown = []
+    for stream in (Console(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main.main(command) == 0
+        shown.append(stream.getvalue())
+    assert escaped * 2 in shown[0] and not {*"\x1b\x07\x9b\r"} & {*shown[0]}
+    assert attack * 2 in shown[1]
+
+
 def test_generate_prints_the_prompt_and_its_continuation(run, capsys):
     command = ["generate", str(run), "--prompt", "we talk", "--max-new-tokens", "9"]
     assert main.main([*command, "--num-speculative-tokens", "1"]) == 0
