@@ -84,7 +84,10 @@ def test_the_model_reads_all_samples_without_padding(states):
     )
     assert batch.rows_bs.shape == (3, 8) and len(batch) == 3
     tokens_1n, cu_seqlens = objective.model_input(batch)
-    assert tokens_1n.tolist() == [[x for pair in PAIRS for tokens, _ in pair for x in tokens]]
+    all_tokens = []
+    for (chosen, _), (rejected, _) in PAIRS:
+        all_tokens += chosen + rejected
+    assert tokens_1n.tolist() == [all_tokens]
     assert cu_seqlens.tolist() == [0, 3, 5, 9, 13, 15, 18]
     h_nd, head_wd = states
     score_b2 = objective.read_scores(h_nd[None], head_wd, batch)
