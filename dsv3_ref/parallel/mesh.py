@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dsv3_ref.config import UserError
 from dsv3_ref.parallel.watchdog import track_operation
+from dsv3_ref.training.settings import num_restarts
 
 Owners = tuple[int, ...]  # the pp ranks that hold a parameter
 
@@ -229,7 +230,13 @@ def init_distributed(device_name: str, timeout: timedelta) -> Iterator[torch.dev
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    # torchrun keeps its store when it restarts ranks. Under the same keys they would find the
+    # addresses of ranks that have ended, and could not connect.
+    store = dist.PrefixStore(f"start_{num_restarts()}", store)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
     try:
         yield device
     finally:

@@ -1,18 +1,23 @@
 """`dsv3 train` on several ranks: losses of one process, signals, and resuming on another mesh."""
 
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
+from datetime import timedelta
 from itertools import count
 from math import inf
+from pathlib import Path
 from types import SimpleNamespace
 
 import miniruns
 import pytest
 import torch
+import torch.distributed as dist
 from miniruns import Command, flip_bit, launch, metrics, options, timeless
 
 from dsv3_ref.checkpoints.huggingface import save_hf
@@ -21,6 +26,7 @@ from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.checkpoints.native import list_checkpoints, load
 from dsv3_ref.parallel import launch as launch_module
 from dsv3_ref.parallel import mesh_parallel
+from dsv3_ref.parallel.mesh import init_distributed
 from dsv3_ref.parallel.mesh_parallel import MeshParallel
 from dsv3_ref.parallel.watchdog import HEARTBEAT_S, collective_timeout
 from dsv3_ref.training.task import continue_texts
@@ -269,3 +275,64 @@ def test_a_rank_that_hangs_is_named(home):
     assert processes[0].returncode == 70
     assert "hang: held up by rank 1 has not responded" in output
     assert "mesh_parallel.py" in (run / "logs" / "hang-rank0.txt").read_text()  # with its stack
+
+
+# ── Restarts by torchrun ──
+
+
+def join_group(rank: int, port: int, restart: int, delay: float) -> None:
+    """Join a group of two through torchrun's store, add up a number, and end without a farewell."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart),
+    }  # fmt: skip
+    time.sleep(delay)
+    with init_distributed("cpu", timedelta(seconds=20)):
+        x = torch.ones(1)
+        dist.all_reduce(x)
+        os._exit(0 if x == 2 else 1)
+
+
+def test_restarted_ranks_do_not_look_for_those_that_have_ended():
+    """torchrun keeps its store; the late rank has not written its new address when it is read."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restart, delays in enumerate([(0, 0), (1, 0), (0, 1)]):
+        ranks = [
+            miniruns.FORK.Process(target=join_group, args=(rank, store.port, restart, delay))
+            for rank, delay in enumerate(delays)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def ranks_of(launcher: subprocess.Popen) -> dict[int, int]:
+    """Return the process ids of torchrun's children by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    found = {}
+    for pid in children:
+        words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found |= {int(word[5:]): int(pid) for word in words if word.startswith("RANK=")}
+    return found
+
+
+@pytest.mark.full
+def test_torchrun_restarts_a_run_whose_rank_was_killed(home, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command += ["--nproc-per-node=2", "-m", "dsv3_ref"]
+    command += options(home, run, *"--steps 10 --save-every 2 --ep 2 --device cpu".split())
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 5:
+                assert launcher.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            os.kill(ranks_of(launcher)[1], signal.SIGKILL)
+            assert launcher.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+        finally:
+            launcher.kill()
+    assert [row["step"] for row in metrics(run)] == list(range(1, 11))
