@@ -131,13 +131,14 @@ def act_quant_transposed(
     """Quantize (m, k) in tiles of 128 × 1, transposed, for Wgrad: values (k, 128·Z), scales (k, Z).
 
     The rows of every expert are padded with zeros to whole tiles. Z = ⌊m/128⌋ + experts bounds
-    the number of tiles for any counts; unused tiles hold zeros and have scale 1.
+    the number of tiles for any counts; unused tiles hold zeros and have scale 1. Rows after the
+    last expert's are left out.
     """
     counts = [len(x_mk)] if tokens_per_expert_e is None else tokens_per_expert_e.tolist()
     num_tiles = len(x_mk) // BLOCK_SIZE + len(counts)
     x_xk = x_mk.new_zeros(num_tiles * BLOCK_SIZE, x_mk.shape[1])
     end = 0
-    for rows in x_mk.split(counts):
+    for rows in x_mk[: sum(counts)].split(counts):
         x_xk[end : end + len(rows)] = rows
         end += ceil_div(len(rows), BLOCK_SIZE) * BLOCK_SIZE
     q, s = act_quant(x_xk.T.contiguous(), use_ue8m0)
@@ -164,11 +165,13 @@ def fp8_grouped_gemm(
 ) -> Tensor:
     """Multiply each expert's rows by its weight as `fp8_gemm` does: (m, k) × (e, n, k) → (m, n).
 
-    The rows are sorted by expert.
+    The rows are sorted by expert. Results of rows after the last expert's are 0.
     """
     counts = tokens_per_expert_e.tolist()
-    parts = zip(a.split(counts), a_s.split(counts), b, b_s)
-    return torch.cat([fp8_gemm(*part, dtype) for part in parts])
+    m = sum(counts)
+    parts = zip(a[:m].split(counts), a_s[:m].split(counts), b, b_s)
+    rest = torch.zeros(len(a) - m, b.shape[1], dtype=dtype, device=a.device)
+    return torch.cat([*(fp8_gemm(*part, dtype) for part in parts), rest])
 
 
 @op
@@ -294,6 +297,8 @@ def swiglu_quant_backward(
 QUANT_CACHE = WeakTensorKeyDictionary()
 # weight → (version, weak reference to its values, weak reference to its scales)
 WEIGHT_CACHE = WeakTensorKeyDictionary()
+# values of an input → weak references to its tiles of 128 × 1, for all Wgrads that read it
+TRANSPOSED_CACHE = WeakTensorKeyDictionary()
 
 
 def quantize_strided(x: Tensor) -> Quantized:
@@ -361,11 +366,27 @@ def wgrad(
     return fp8_grouped_wgrad(*g_om, *x, tokens_per_expert_e, out)
 
 
+def find_transposed(ctx: Any, q: Tensor, s: Tensor) -> Quantized:
+    """Return the saved input of an `FP8Linear` in tiles of 128 × 1, which another may have made."""
+    shared = [reference() for reference in ctx.transposed]
+    if shared and all(x is not None for x in shared):
+        values, scales = shared
+        return values, scales
+    if ctx.saved_input_format == "e5m6":
+        x_mk = e5m6_restore(q, s, ctx.k, ctx.dtype).flatten(0, -2)
+        x = act_quant_transposed(x_mk, ctx.tokens_per_expert_e, True)
+    else:
+        x = requant_transposed(q.flatten(0, -2), s.flatten(0, -2), ctx.tokens_per_expert_e)
+    ctx.transposed[:] = map(TensorWeakRef, x)
+    return x
+
+
 class FP8Linear(torch.autograd.Function):
     """A linear layer y = x Wᵀ with Fprop, Dgrad and Wgrad in FP8 (§3.3.1).
 
     The weight may have any precision. Its gradient has the same, or is added to its `main_grad`.
-    rows: x in E4M3, for Fprop. saved_x: x for Wgrad, in E4M3 or E5M6.
+    rows: x in E4M3, for Fprop. saved_x: x for Wgrad, in E4M3 or E5M6. Deferred Wgrads of the same x
+    share its tiles of 128 × 1.
     """
 
     @staticmethod
@@ -384,20 +405,17 @@ class FP8Linear(torch.autograd.Function):
         ctx.tokens_per_expert_e = tokens_per_expert_e
         ctx.k, ctx.dtype = x.shape[-1], x.dtype
         ctx.weight = weight  # the parameter itself, whose gradient may be deferred
+        ctx.transposed = TRANSPOSED_CACHE.setdefault(saved_x[0], [])
         q, s = (t.flatten(0, -2) for t in rows)
         y = gemm((q, s), w, tokens_per_expert_e, matmul_dtype(x))
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         saved_q, saved_s, *w = ctx.saved_tensors
         g_mo, counts_e = g.flatten(0, -2).contiguous(), ctx.tokens_per_expert_e
-        if ctx.saved_input_format == "e5m6":
-            x_mk = e5m6_restore(saved_q, saved_s, ctx.k, ctx.dtype).flatten(0, -2)
-            x = act_quant_transposed(x_mk, counts_e, True)
-        else:
-            x = requant_transposed(saved_q.flatten(0, -2), saved_s.flatten(0, -2), counts_e)
+        x = find_transposed(ctx, saved_q, saved_s)
         dx = dgrad(g_mo, w, counts_e, ctx.dtype).view(*g.shape[:-1], ctx.k)
         g_om = act_quant_transposed(g_mo, counts_e)  # a deferred Wgrad keeps this, not g
         dw = defer_wgrad(ctx.weight, lambda out=None: wgrad(g_om, x, counts_e, out))
@@ -425,7 +443,8 @@ class FP8SwiGLULinear(torch.autograd.Function):
         ctx.tokens_per_expert_e, ctx.weight = tokens_per_expert_e, weight
         q, s = swiglu_quant(gate.contiguous(), up.contiguous(), False, scale_m)
         h = q.flatten(0, -2), s.flatten(0, -2)
-        return gemm(h, w, tokens_per_expert_e, matmul_dtype(gate)).view(*gate.shape[:-1], -1)
+        y = gemm(h, w, tokens_per_expert_e, matmul_dtype(gate))
+        return y.view(*gate.shape[:-1], y.shape[1])
 
     @staticmethod
     @once_differentiable

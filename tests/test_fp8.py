@@ -244,6 +244,35 @@ def test_a_grouped_product_is_one_product_per_expert(counts, n, k):
         start += rows
 
 
+@given(counts=COUNTS, extra=st.integers(1, 200))
+def test_rows_after_the_last_experts_are_left_out(counts, extra):
+    counts_e, n, k = torch.tensor(counts), 24, 40
+    x = torch.randn(sum(counts) + extra, k)
+    b, full = fp8.weight_quant(torch.randn(len(counts), n, k)), fp8.act_quant(x)
+    rows = [t[: sum(counts)] for t in full]
+    y = fp8.fp8_grouped_gemm(*full, *b, counts_e)
+    assert torch.equal(y[: sum(counts)], fp8.fp8_grouped_gemm(*rows, *b, counts_e))
+    assert len(y) == len(x) and not y[sum(counts) :].any()
+    q, s = fp8.act_quant_transposed(x, counts_e)
+    want_q, want_s = fp8.act_quant_transposed(x[: sum(counts)], counts_e)
+    end = want_s.shape[1]
+    assert torch.equal(q[:, : end * 128].float(), want_q.float())
+    assert torch.equal(s[:, :end], want_s)
+    assert not q[:, end * 128 :].float().any() and (s[:, end:] == 1).all()
+
+
+@pytest.mark.parametrize("saved_input_format", ["e4m3", "e5m6"])
+def test_a_batch_without_rows(saved_input_format):
+    x = torch.randn(0, 16, 40, requires_grad=True)
+    w1, w3, w2 = (torch.randn(*shape, requires_grad=True) for shape in [(24, 40)] * 2 + [(40, 24)])
+    with ops.use("fp8", "torch"):
+        gate, up = (ops.linear(x, w, saved_input_format) for w in (w1, w3))
+        y = ops.swiglu_linear(gate, up, w2)
+        y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 16, 40)
+    assert not any(w.grad.any() for w in (w1, w2, w3))
+
+
 def wgrad_operands(n: int, k: int, tokens_per_expert_e=None) -> list:
     """Draw 9 rows of gradients and inputs, in tiles along the rows."""
     operands = []
