@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_ref.fp8 import QUANT_CACHE, Quantized
@@ -75,7 +76,7 @@ class IndexAdd(torch.autograd.Function):
 def take_rows(x_nd: Tensor, token_m: Tensor, has_empty: bool = False) -> Tensor:
     """Return the rows x_nd[token_m]; with `has_empty`, index n gives a row of zeros."""
     if has_empty:
-        x_nd = torch.cat((x_nd, x_nd.new_zeros(1, *x_nd.shape[1:])))
+        x_nd = F.pad(x_nd, (0, 0) * (x_nd.ndim - 1) + (0, 1))  # torch.cat would fail for FP8
     return x_nd[token_m]
 
 

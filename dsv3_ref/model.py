@@ -62,7 +62,7 @@ class Transformer(nn.Module):
             position_s = torch.arange(start, start + tokens_bs.shape[1], device=tokens_bs.device)
             rope = Rope.from_positions(self.config, position_s)
         else:
-            rope = Rope.from_cu_seqlens(self.config, cu_seqlens)
+            rope = Rope.from_cu_seqlens(self.config, cu_seqlens, tokens_bs.numel())
         x_bsd = self.embed(tokens_bs)
         routes: list[Route] = []
         for i, block in enumerate(self.layers.values()):

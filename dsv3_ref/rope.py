@@ -114,8 +114,14 @@ class Rope(NamedTuple):
         return cls(*rope_cos_sin(config, position_s))
 
     @classmethod
-    def from_cu_seqlens(cls, config: Config, cu_seqlens: Tensor) -> "Rope":
-        """Compute the rotations of samples laid end to end; positions restart at 0 in each."""
-        start_n = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    def from_cu_seqlens(
+        cls, config: Config, cu_seqlens: Tensor, num_tokens: int | None = None
+    ) -> "Rope":
+        """Compute the rotations of samples laid end to end; positions restart at 0 in each.
+
+        num_tokens: of all samples; if it is given, the host need not wait for a GPU.
+        """
+        length_m = cu_seqlens.diff()
+        start_n = cu_seqlens[:-1].repeat_interleave(length_m, output_size=num_tokens)
         position_n = torch.arange(len(start_n), device=cu_seqlens.device) - start_n
         return cls(*rope_cos_sin(config, position_n), cu_seqlens)

@@ -124,13 +124,14 @@ def scale_bytes(width: int) -> int:
 
 
 def activation_bytes_per_token(
-    config: Config, dense: bool, fp8: bool = True, stream: int = 4, arrived: float | None = None
-) -> dict[str, float]:
+    config: Config, dense: bool, fp8: bool = True, stream: int = 4, arrived: float | None = None,
+    computed: float | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
 
     The result is by tensor, with recomputation and without RoPE's tables. fp8: products are in
     FP8, else in bf16. stream: bytes per number of the residual stream. arrived: rows that arrive at
-    a rank per token, k of which are computed; by default k.
+    a rank per token. computed: rows of its experts per token. Both are k by default.
     """
     d, k = config.dim, config.n_activated_experts
     h, hv = config.n_heads, config.n_heads * config.v_head_dim
@@ -144,11 +145,12 @@ def activation_bytes_per_token(
         "output of attention": attention_output,
     }
     if not dense:
+        own = k if computed is None else computed
         rows = k if arrived is None else arrived
         saved["gate"] = 4 * config.n_routed_experts + 12 * k + 8
-        saved["expert inputs"] = rows * (d + scale_bytes(d)) if fp8 else k * 2 * d
-        saved["gate and up of experts"] = k * 2 * (f + scale_bytes(f) if fp8 else 2 * f)
-        saved["rows of experts"] = k * (4 + 8 + 8)  # routing weight, token and place of a row
+        saved["expert inputs"] = rows * (d + scale_bytes(d)) if fp8 else own * 2 * d
+        saved["gate and up of experts"] = own * 2 * (f + scale_bytes(f) if fp8 else 2 * f)
+        saved["rows of experts"] = own * (4 + 8 + 8)  # routing weight, token and place of a row
     return saved
 
 
@@ -571,13 +573,26 @@ def accumulation_seconds(rates: AchievedRates, overheads: Overheads, params: int
     return overheads.accumulation_bytes * params / rates.hbm
 
 
+def exchanged_bytes(in_fp8: bool) -> float:
+    """Return the bytes of a weight that ranks exchange: FP8 with a scale per 128 × 128, or bf16."""
+    return 1 + 4 / 128**2 if in_fp8 else 2
+
+
+def bytes_after_pipeline(params: dict[tuple[int, bool], int]) -> float:
+    """Return the bytes that a rank sends after the pipeline: gradients in fp32, then weights."""
+    total = 0.0
+    for (size, in_fp8), n in params.items():
+        total += (4 + exchanged_bytes(in_fp8)) * n * (size - 1) / size
+    return total
+
+
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
     """Return a rank's seconds after the pipeline: (gradients and weights over IB, AdamW).
 
     params: parameters of the rank by (number of ranks that shard their optimizer state, in FP8).
     """
-    sent = sum(8 * n * (size - 1) / size for (size, _), n in params.items())
-    moved = sum(20 * n / size + 5 * n * in_fp8 for (size, in_fp8), n in params.items())
+    moved = sum((20 + exchanged_bytes(in_fp8)) * n / size for (size, in_fp8), n in params.items())
+    sent = bytes_after_pipeline(params)
     return sent / rates.ib, moved / rates.hbm
 
 

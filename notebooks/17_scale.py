@@ -270,13 +270,14 @@ def scale_bytes(width: int) -> int:
 
 
 def activation_bytes_per_token(
-    config: Config, dense: bool, fp8: bool = True, stream: int = 4, arrived: float | None = None
-) -> dict[str, float]:
+    config: Config, dense: bool, fp8: bool = True, stream: int = 4, arrived: float | None = None,
+    computed: float | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Return the bytes per token that a block saves for its backward pass (§3.2.3, §3.3.3).
 
     The result is by tensor, with recomputation and without RoPE's tables. fp8: products are in
     FP8, else in bf16. stream: bytes per number of the residual stream. arrived: rows that arrive at
-    a rank per token, k of which are computed; by default k.
+    a rank per token. computed: rows of its experts per token. Both are k by default.
     """
     d, k = config.dim, config.n_activated_experts
     h, hv = config.n_heads, config.n_heads * config.v_head_dim
@@ -290,16 +291,18 @@ def activation_bytes_per_token(
         "output of attention": attention_output,
     }
     if not dense:
+        own = k if computed is None else computed
         rows = k if arrived is None else arrived
         saved["gate"] = 4 * config.n_routed_experts + 12 * k + 8
-        saved["expert inputs"] = rows * (d + scale_bytes(d)) if fp8 else k * 2 * d
-        saved["gate and up of experts"] = k * 2 * (f + scale_bytes(f) if fp8 else 2 * f)
-        saved["rows of experts"] = k * (4 + 8 + 8)  # routing weight, token and place of a row
+        saved["expert inputs"] = rows * (d + scale_bytes(d)) if fp8 else own * 2 * d
+        saved["gate and up of experts"] = own * 2 * (f + scale_bytes(f) if fp8 else 2 * f)
+        saved["rows of experts"] = own * (4 + 8 + 8)  # routing weight, token and place of a row
     return saved
 
 
 # %%
 from dsv3_ref import ops
+from dsv3_ref.parallel.context_parallel import SequencePart
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.stage import LossStats, LossWeights, MicroBatch, Stage
 from dsv3_ref.parallel.tape import Tape, run_to_completion
@@ -324,9 +327,8 @@ def count_saved_bytes(config: Config, n: int, fp8: bool) -> int:
     stage = Stage(Transformer(config), config, 0, 2, AllToAllDispatcher([]))
     backends, tape = ("lean", "fp8", "auto") if fp8 else ("lean", "auto"), Tape()
     rows_bs = torch.randint(config.vocab_size, (1, n + 1))
-    batch = MicroBatch(
-        RowBatch(rows_bs), ModelInput(rows_bs[:, :-1]), LossWeights(1.0), LossStats()
-    )
+    sequence, model_input = SequencePart(None, n), ModelInput(rows_bs[:, :-1])
+    batch = MicroBatch(RowBatch(rows_bs), model_input, sequence, LossWeights(1.0), LossStats())
     with ops.use(*backends), saved_tensors(True, stage.model.parameters()) as saved:
         with torch.autocast("cpu", torch.bfloat16):
             run_to_completion(stage.forward(tape, None, batch))
@@ -801,7 +803,8 @@ show(fig)
 # | `hours_lost` | half an hour each | our assumption: restart and work since the checkpoint |
 # | `accumulation_bytes` | 8 per parameter and micro-batch | our kernels: Wgrad reads and writes the sum in fp32; 16 if it is added in a pass of its own |
 #
-# After the pipeline, gradients are summed and weights gathered over IB, and AdamW moves 20 bytes per number of its shard.
+# After the pipeline, gradients are summed in fp32 and weights gathered in FP8 over IB, and AdamW moves 20 bytes per number of its
+# shard.
 
 
 # %%
@@ -1046,13 +1049,26 @@ def accumulation_seconds(rates: AchievedRates, overheads: Overheads, params: int
     return overheads.accumulation_bytes * params / rates.hbm
 
 
+def exchanged_bytes(in_fp8: bool) -> float:
+    """Return the bytes of a weight that ranks exchange: FP8 with a scale per 128 × 128, or bf16."""
+    return 1 + 4 / 128**2 if in_fp8 else 2
+
+
+def bytes_after_pipeline(params: dict[tuple[int, bool], int]) -> float:
+    """Return the bytes that a rank sends after the pipeline: gradients in fp32, then weights."""
+    total = 0.0
+    for (size, in_fp8), n in params.items():
+        total += (4 + exchanged_bytes(in_fp8)) * n * (size - 1) / size
+    return total
+
+
 def step_tail(rates: AchievedRates, params: dict[tuple[int, bool], int]) -> tuple[float, float]:
     """Return a rank's seconds after the pipeline: (gradients and weights over IB, AdamW).
 
     params: parameters of the rank by (number of ranks that shard their optimizer state, in FP8).
     """
-    sent = sum(8 * n * (size - 1) / size for (size, _), n in params.items())
-    moved = sum(20 * n / size + 5 * n * in_fp8 for (size, in_fp8), n in params.items())
+    moved = sum((20 + exchanged_bytes(in_fp8)) * n / size for (size, in_fp8), n in params.items())
+    sent = bytes_after_pipeline(params)
     return sent / rates.ib, moved / rates.hbm
 
 

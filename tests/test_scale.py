@@ -149,9 +149,10 @@ def test_rows_cross_ib_once_per_node_and_nvlink_once_per_gpu():
 
 def test_after_the_pipeline_gradients_and_weights_are_sent_and_adamw_moves_its_shard():
     ib, memory = step_tail(H800, {(2, False): 10**9})
-    assert ib == pytest.approx(2 * 4 * 1e9 / 2 / 50e9)
-    assert memory == pytest.approx(10e9 / H800.hbm)
+    assert ib == pytest.approx((4 + 2) * 1e9 / 2 / 50e9)  # fp32 and bf16
+    assert memory == pytest.approx((20 + 2) / 2 * 1e9 / H800.hbm)
     assert step_tail(H800, {(1, True): 10**9})[0] == 0
+    assert step_tail(H800, {(4, True): 10**9})[0] == pytest.approx(5 * 0.75e9 / 50e9, rel=1e-4)
 
 
 def test_more_sms_for_communication_feed_the_links_and_slow_computation():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from dsv3_ref.config import Config
 from dsv3_ref.dualpipe import Action, Step, iter_actions, output_of, schedule
 from dsv3_ref.parallel.context_parallel import num_head_groups
+from dsv3_ref.parallel.token_dispatcher import FixedSizes
 from dsv3_ref.scale import (
     DispatchRows,
     activation_bytes_per_token,
@@ -35,6 +36,7 @@ class MemorySettings(NamedTuple):
     fp8: bool
     stream: int  # bytes per number of the residual stream and of messages between stages
     rows: DispatchRows
+    fixed: "FixedRows | None" = None  # sizes of the dispatch; None: exact ones
     cp: int = 1  # ranks that share a sequence
 
     def mtp_tokens(self, k: int) -> int:
@@ -45,6 +47,39 @@ class MemorySettings(NamedTuple):
         return self.tokens - k if self.cp == 1 else self.tokens
 
 
+class Hop(NamedTuple):
+    """The members of a hop of the dispatch, and the number of experts behind each of them."""
+
+    experts_per_member: int
+    size: int
+
+
+class FixedRows(NamedTuple):
+    """The rows of a rank in a dispatch of fixed sizes, whatever the number of its tokens."""
+
+    sent: tuple[int, ...]  # by hop; as many arrive
+    computed: int  # by the rank's experts
+
+
+def fixed_rows(
+    config: Config, ep: int, ranks_per_node: int, tokens: int, capacity: float
+) -> FixedRows | None:
+    """Return the rows of a dispatch for micro-batches of so many tokens; None if sizes are exact.
+
+    capacity: --dispatch-capacity of `dsv3 train`.
+    """
+    if ep == 1 or not capacity:
+        return None
+    k, per_rank = config.n_activated_experts, config.n_routed_experts // ep
+    hops = [Hop(per_rank, min(ep, ranks_per_node))]
+    if ep > ranks_per_node:
+        hops.insert(0, Hop(per_rank * ranks_per_node, ep // ranks_per_node))
+    # a row of data has one token more than the model reads of it, and sizes are those of rows
+    fixed = FixedSizes(capacity, config.n_routed_experts, k, tokens + 1)
+    *capacities, computed = fixed.rows_per_level(hops)
+    return FixedRows(tuple(hop.size * n for hop, n in zip(hops, capacities)), computed)
+
+
 # ── What a micro-batch leaves behind in a stage ──
 
 
@@ -52,15 +87,21 @@ def block_activations(at: MemorySettings, dense: bool, tokens: int, stream: int)
     """Return the bytes that a block saves for its backward pass."""
     config, k = at.config, at.config.n_activated_experts
     arrived = at.rows.arrived if at.ep > 1 else None
-    per_token = activation_bytes_per_token(config, dense, at.fp8, stream, arrived)
+    computed, sent = None, sum(at.rows.sent)
+    if at.fixed:
+        arrived, computed = at.fixed.sent[-1] / tokens, at.fixed.computed / tokens
+        sent = sum(at.fixed.sent) / tokens
+    per_token = activation_bytes_per_token(config, dense, at.fp8, stream, arrived, computed)
     saved = Counter({kind: round(tokens * n) for kind, n in per_token.items()})
     if dense:
         return saved
     e = config.n_routed_experts
     saved["gate"] += 4 * e + 4  # f of the balance loss (eq. 18), and the loss's gradient
     if at.ep > 1:  # of a row that is sent: its token, its address in the list, which experts it has
-        saved["rows of experts"] += round(tokens * sum(at.rows.sent) * (16 + k))
-        saved["rows of experts"] += count_bytes(at)
+        saved["rows of experts"] += round(tokens * sent * ((8 if at.fixed else 16) + k))
+    if at.fixed:  # the place of rows beyond the sizes
+        saved["rows of experts"] += 8 * len(at.fixed.sent)
+    saved["rows of experts"] += count_bytes(at)
     return saved
 
 
@@ -89,8 +130,11 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
 
 
 def count_bytes(at: MemorySettings) -> int:
-    """Return the bytes of the numbers of rows of a rank's experts and of no expert."""
-    return 8 * (at.config.n_routed_experts // at.ep + 1)
+    """Return the bytes of the numbers of rows of a rank's experts.
+
+    With exact sizes and several ranks, the number of rows of no expert is beside them.
+    """
+    return 8 * (at.config.n_routed_experts // at.ep + (at.ep > 1 and at.fixed is None))
 
 
 # ── What a deferred weight gradient keeps ──
@@ -112,11 +156,13 @@ def block_wgrads(at: MemorySettings, dense: bool, tokens: int) -> int:
             continue
         routed = name.startswith("routed")
         rows, groups = tokens * gemm.rows_per_token, local if routed else 1
+        if routed and at.fixed:
+            rows = at.fixed.computed
         pair = name.endswith("w1, w3")
         for n_out in [gemm.n_out // 2] * 2 if pair else [gemm.n_out]:
             num_bytes += operand_bytes(at, rows, groups, n_out)
-        num_inputs = 2 if pair and at.fp8 else 1  # each of w1 and w3 quantizes their input
-        num_bytes += num_inputs * operand_bytes(at, rows, groups, gemm.n_in)
+        if name != "wkv_a":  # reads the input of wq_a, or of wq
+            num_bytes += operand_bytes(at, rows, groups, gemm.n_in)
     return num_bytes
 
 

@@ -1,13 +1,19 @@
 """`dsv3 plan`: estimate memory, traffic and cost of a cluster before renting it (chapter 17)."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-
 from dsv3_ref.checkpoints.layout import is_expert
-from dsv3_ref.cluster.memory import Bytes, MemorySettings, attention_buffers, peak_usage
+from dsv3_ref.cluster.memory import (
+    Bytes,
+    MemorySettings,
+    attention_buffers,
+    fixed_rows,
+    peak_usage,
+)
 from dsv3_ref.cluster.step_time import StepSettings, pipeline_spans, waterfall
 from dsv3_ref.config import Config, UserError, load_config
 from dsv3_ref.dualpipe import (
@@ -37,11 +43,13 @@ from dsv3_ref.parallel.bucket import (
 )
 from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
+from dsv3_ref.parallel.token_dispatcher import CUDA_CAPACITY
 from dsv3_ref.scale import (
     ACHIEVED_RATES,
     NO_OVERHEADS,
     AchievedRates,
     Overheads,
+    bytes_after_pipeline,
     dispatch_bytes,
     dispatch_copies,
     dispatch_rows,
@@ -89,6 +97,9 @@ class PlanConfig:
     """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
     ep_ranks_per_node: int = 8
     """expert-parallel ranks per node"""
+    dispatch_capacity: float = 0.0
+    """rows per destination in a dispatch, as a multiple of the mean, as in `dsv3 train`; 0: exact
+    sizes"""
     hardware: Literal["h800", "h100", "h200", "b200"] = "h800"
     """GPU whose achieved rates are used for every --rates option that is left at its default"""
     rates: AchievedRates = AchievedRates()
@@ -162,7 +173,7 @@ class Estimate:
 
 # ── Memory ──
 
-# (ranks that sum the gradient, whether the GEMMs are in FP8) → number of parameters
+# (ranks that sum the gradient, whether the weight is in FP8) → number of parameters
 ParamCounts = dict[tuple[int, bool], int]
 
 
@@ -183,18 +194,18 @@ def params_by_rank(
 
     The parameters are counted on the meta device, and divided as `ParallelEngine` divides them.
     """
-    return count_params_by_rank(config, plan.schedule, plan.pp, plan.dp, plan.ep)
+    return count_params_by_rank(config, plan.schedule, plan.pp, plan.dp, plan.ep, plan.precision)
 
 
 @cache
 def count_params_by_rank(
-    config: Config, schedule_name: str, pp: int, dp: int, ep: int
+    config: Config, schedule_name: str, pp: int, dp: int, ep: int, precision: Precision
 ) -> tuple[list[ParamCounts], list[tuple[int, ...]]]:
     """Return `params_by_rank`, cached because chapters and tables ask again."""
     stages = stages_by_rank(schedule_name, pp)
     counts: list[ParamCounts] = [{} for _ in range(pp)]
     for name, shape in parameter_shapes(config).items():
-        bucket = bucket_key(name, len(shape), config, stages, "fp8")
+        bucket = bucket_key(name, len(shape), config, stages, precision)
         key = bucket.group_size(dp, ep), bucket.weight_format == "fp8"
         for rank in bucket.owners:
             count = shape.numel() // (ep if bucket.expert else 1)
@@ -217,6 +228,9 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
         stream=2,  # bf16 in both precisions
         rows=dispatch_rows(config, plan.ep, plan.ep_ranks_per_node),
         cp=plan.cp,
+        fixed=fixed_rows(
+            config, plan.ep, plan.ep_ranks_per_node, plan.seq_len // plan.cp, plan.dispatch_capacity
+        ),
     )
 
 
@@ -284,13 +298,12 @@ def bytes_sent(
     pipeline = 2 * len(stages[0]) * tokens * 2 * config.dim if plan.pp > 1 else 0
     # gathered in both passes; their gradients are summed in the backward pass
     latents = 3 * (plan.cp - 1) * tokens * num_layers * 2 * kv_cache_numbers_per_token(config)
-    gradients = max(sum(4 * n * (s - 1) / s for (s, _), n in rank.items()) for rank in counts)
     return {
         "experts, across nodes": round(across * row_bytes),
         "experts, inside nodes": round(inside * row_bytes),
         "pipeline": round(pipeline),
         "latents of sequences": round(latents),
-        "gradients and weights": round(2 * gradients),
+        "gradients and weights": round(max(map(bytes_after_pipeline, counts))),
     }
 
 
@@ -349,6 +362,8 @@ def validate_plan(plan: PlanConfig, config: Config) -> None:
         if getattr(plan, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     check_rules(mesh_rules(config, plan.pp, plan.ep, plan.schedule, plan.ep_ranks_per_node))
+    if not (plan.dispatch_capacity == 0 or 1 <= plan.dispatch_capacity < math.inf):
+        raise UserError("--dispatch-capacity must be 0 or a number from 1")
     check_rules(context_rules(config, plan.seq_len, plan.cp, plan.dp, plan.ep))
     n, divisor = num_data_indices(plan), " / --cp" if plan.cp > 1 else ""
     if plan.global_batch_size % n:
@@ -497,11 +512,47 @@ def format_waterfall(result: Estimate) -> str:
     return "\n".join(lines)
 
 
+def format_capacity(capacity: float) -> str:
+    """Return what sizes the messages of a dispatch have."""
+    sizes = f"sizes of {capacity:g} × the mean" if capacity else "exact sizes"
+    return f"{sizes} (--dispatch-capacity {capacity:g})"
+
+
+def format_default_capacity(plan: PlanConfig) -> str:
+    """Return the most memory of a rank with the capacity that `dsv3 train` has on CUDA."""
+    plan = replace(plan, dispatch_capacity=CUDA_CAPACITY)
+    padded = memory_settings(plan, load_config(plan.config))
+    ranks, _ = memory_of_ranks(padded, plan.dp, plan.precision, plan.zero)
+    top = max(rank.gpu for rank in ranks)
+    return (
+        f"{top / 1e9:.1f} GB with {format_capacity(CUDA_CAPACITY)}, the default of training on CUDA"
+    )
+
+
+def format_fit(result: Estimate) -> str:
+    """Return whether the ranks fit in their memory, and what else needs some of it."""
+    plan, memory = result.plan, result.plan.rates.memory
+    top = max(rank.gpu for rank in result.ranks)
+    fits = "fits in" if top <= memory else "does NOT fit in"
+    text = f"{top / 1e9:.1f} GB {fits} {memory / 1e9:g} GB"
+    if top <= memory:
+        text += f" and leaves {(memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, "
+        text += "CUDA's context"
+    text += format_buffers(result)
+    if not plan.dispatch_capacity and plan.ep > 1:
+        text += f"\n{format_default_capacity(plan)}"
+    return text
+
+
+def format_checkpoint(result: Estimate) -> str:
+    """Return what a rank copies to its host for a checkpoint: masters, moments and averages."""
+    most = max(rank.masters + rank.moments + rank.host for rank in result.ranks)
+    return f"a checkpoint stages at most {most / 1e9:.2f} GB per GPU on its host"
+
+
 def format_estimate(result: Estimate) -> str:
     """Return the estimate as text."""
     plan, m = result.plan, result.plan.rates
-    top = max(rank.gpu for rank in result.ranks)
-    fits = "fits in" if top <= m.memory else "does NOT fit in"
     tokens = plan.global_batch_size * plan.seq_len
     speed = result.flops / result.gpus / result.seconds
     rows = plan.global_batch_size / result.seconds
@@ -509,20 +560,17 @@ def format_estimate(result: Estimate) -> str:
     overheads = ", ".join(f"{k} {v:.3g}" for k, v in plan.overheads._asdict().items())
     sent = "\n".join(f"  {name:24}{n / 1e9:9.2f} GB" for name, n in result.sent.items() if n)
     communicators = ", ".join(f"{k} {n}" for k, n in result.communicators.items() if n)
-    left = f"leaves {(m.memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, CUDA's context"
-    memory = f"{top / 1e9:.1f} GB {fits} {m.memory / 1e9:g} GB"
-    memory += f" and {left}" if top <= m.memory else ""
-    memory += format_buffers(result)
     duration = f"{result.seconds:.2f} s, of which {result.tail:.2f} s after the pipeline"
     cost = f"${result.hours * m.dollars_per_hour / 1e3:,.0f}K at ${m.dollars_per_hour:g} per hour"
     return f"""\
 {plan.config} on {result.gpus:,} {plan.hardware.upper()}: {describe_mesh(plan)}, {plan.schedule}, \
 {plan.precision}, batch {plan.global_batch_size:,} × {plan.seq_len:,} tokens
-GB on each GPU, by pipeline rank, with recomputation and exact sizes (--dispatch-capacity 0):
+GB on each GPU, by pipeline rank, with recomputation and {format_capacity(plan.dispatch_capacity)}:
 {format_memory(result)}
+{format_checkpoint(result)}
 of these, activations, weight gradients and messages:
 {format_usage(result)}
-at most {max(result.in_flight)} micro-batches in flight; {memory}
+at most {max(result.in_flight)} micro-batches in flight; {format_fit(result)}
 
 sent by a GPU per step (the rank that sends most):
 {sent}

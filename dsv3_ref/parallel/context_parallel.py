@@ -26,6 +26,7 @@ from dsv3_ref.long_context import (
 from dsv3_ref.ops import recompute
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.rope import Rope
+from dsv3_ref.training.objective import Targets
 
 
 class AllGather(torch.autograd.Function):
@@ -111,25 +112,21 @@ class SequencePart:
             return x_bs[:, : self.end]
         return torch.cat([x_bs[:, c.start : c.stop] for c in self.chunks], dim=1)
 
-    def take_targets(
-        self, mask_n: Tensor | None, y_n: Tensor, shape: torch.Size
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return which of this rank's positions count, or None for all, and their next tokens.
-
-        mask_n, y_n: those of all positions; shape: (b, s) of the positions.
-        """
-        if self.group is None:
-            return mask_n, y_n
-        if mask_n is None:
-            return None, self.take(y_n.view(shape)).flatten()
-        place_bs = (mask_n.cumsum(0) - 1).view(shape)  # in y_n
-        mask_n = self.take(mask_n.view(shape)).flatten()
-        return mask_n, y_n[self.take(place_bs).flatten()[mask_n]]
+    def take_targets(self, targets: Targets, shape: torch.Size) -> Targets:
+        """Return the targets among this rank's positions; shape: (b, s) of all positions."""
+        place_n, y_n = targets
+        if self.group is None or place_n is None:
+            return targets
+        row_bs = torch.full((shape.numel(),), -1)  # of each position in y_n
+        row_bs[place_n] = torch.arange(len(y_n))
+        own_n = self.take(row_bs.view(shape)).flatten()
+        place_n = (own_n >= 0).nonzero()[:, 0]
+        return Targets(place_n, y_n[own_n[place_n]])
 
     def rope(self, config: Config, device: torch.device) -> Rope:
         """Return the rotations of this rank's tokens, and their attention to those of all ranks."""
         if self.cu_seqlens is not None:
-            rope = Rope.from_cu_seqlens(config, self.cu_seqlens)
+            rope = Rope.from_cu_seqlens(config, self.cu_seqlens, self.s)
             if self.group is None:
                 return rope
             cos, sin = (self.take(x[None])[0] for x in (rope.cos, rope.sin))

@@ -72,11 +72,9 @@ class ParallelEngine:
         self.moe_names = list(moe_layers(whole))
         self.num_params = sum(p.numel() for p in whole.parameters())
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
-        self.traffic = Traffic()
+        self.traffic, self.num_left_out = Traffic(), 0
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
-        dispatcher: TapeDispatcher | None = None
-        if mesh.ep > 1:
-            dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep, dispatch_capacity)
+        dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep, dispatch_capacity)
         self.optimizer: ShardOptimizer = ZeroOptimizer(
             self.model, config, mesh, stages, recipe, moments, zero, precision
         )
@@ -106,8 +104,10 @@ class ParallelEngine:
     def create_dispatcher(
         self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float
     ) -> TapeDispatcher:
-        """Create the dispatcher of tokens to the experts on other ranks."""
+        """Create the dispatcher of tokens to the experts, which may all be on this rank."""
         config = self.config
+        if self.mesh.ep == 1:
+            return AllToAllDispatcher([])
         if deepep:
             return DeepEPDispatcher(config, self.mesh.ep_group, fp8)
         levels = dispatch_levels(config, self.mesh, ranks_per_node, self.traffic)
@@ -164,6 +164,7 @@ class ParallelEngine:
         weights = [LossWeights(share, mtp, alpha) for share in shares]
         self.clear_step()
         stats = self.pipeline.run(microbatches, weights, clear=self.clear_step)
+        self.num_left_out = self.pipeline.num_left_out
         mtp_sums = [stats.mtp.get(k) for k in range(1, 1 + self.config.n_mtp_layers)]
         main, balance, *mtp_losses = self.all_reduce_sum(stats.main, stats.balance, *mtp_sums)
         total = main + mtp * sum(mtp_losses) + alpha * balance
@@ -211,8 +212,8 @@ class ParallelEngine:
     def comm_stats(self) -> dict:
         """Return metrics of the last step's all-to-alls over all ranks.
 
-        They are the bytes by link and the fraction of time that was hidden. The result is empty if
-        bytes are not counted.
+        They are the bytes by link, the fraction of time that was hidden, and the rows that exceeded
+        fixed sizes, for which the step was repeated. The result is empty if bytes are not counted.
         """
         if not self.counts_traffic:
             return {}
@@ -223,6 +224,7 @@ class ParallelEngine:
         return {
             "all_to_all_bytes": dict(zip(LINKS, map(int, sent))),
             "all_to_all_hidden": Traffic(in_flight_s=in_flight_s, exposed_s=exposed_s).hidden,
+            "dispatch_overflow": self.num_left_out,
         }
 
     def gather_expert_biases(self) -> list[Tensor | None]:

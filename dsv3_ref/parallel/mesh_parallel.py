@@ -33,6 +33,7 @@ from dsv3_ref.parallel.hf_shards import write_hf_shards
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.rows import LocalRows, PrefetchingLoader
+from dsv3_ref.parallel.token_dispatcher import CUDA_CAPACITY
 from dsv3_ref.parallel.watchdog import collective_timeout, track_operation
 from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.ema import EMA
@@ -169,7 +170,7 @@ class MeshParallel:
         Without `gather` only this data index's own rows have values; the others are 0.
         """
         pipeline = frozen or self.engine.pipeline
-        values_bx = pipeline.read_out(batch.to(self.device), readout, width)
+        values_bx = pipeline.read_out(batch, readout, width)
         if not gather:
             return values_bx
         if self.mesh.pp_rank:  # the first rank of each pipeline counts
@@ -203,10 +204,9 @@ class MeshParallel:
             is_stale = self.reader.prefetch(sizes)
             if is_stale or not self.rows_are_ready:
                 call_on_ranks(self.raise_failure)
-        rows_bs = self.reader.next_part(sizes)
+        rows = RowBatch(self.reader.next_part(sizes))  # on the host
         self.reader.prefetch(sizes[1:])
         self.rows_are_ready = False
-        rows = RowBatch(rows_bs.to(self.device))
         return LocalRows(rows, n, self.engine.global_loss_weight(rows))
 
     @property
@@ -224,7 +224,7 @@ class MeshParallel:
     def train_step(self, run: "Run", batch: Batch, hyperparams: StepHyperparams) -> StepStats:
         """Run a training step on the rows of a global batch."""
         if not isinstance(batch, LocalRows):
-            batch = run.task.row_batch(run, batch).to(self.device)
+            batch = run.task.row_batch(run, batch)
         return self.engine.train_step(batch, *hyperparams)
 
     def nll(self, task: RowTask, rows_bs: Tensor) -> float:
@@ -354,7 +354,7 @@ class MeshParallel:
 def default_capacity(config: TrainConfig, device: torch.device) -> float:
     """Return --dispatch-capacity or its default, which depends on the device."""
     if config.dispatch_capacity is None:
-        return 1.5 if device.type == "cuda" else 0.0
+        return CUDA_CAPACITY if device.type == "cuda" else 0.0
     return config.dispatch_capacity
 
 

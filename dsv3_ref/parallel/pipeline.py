@@ -37,7 +37,13 @@ from dsv3_ref.parallel.stage import (
 from dsv3_ref.parallel.tape import R, Steps, Tape, interleave, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.watchdog import track_operation
-from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, Readout, RowBatch
+from dsv3_ref.training.objective import (
+    NEXT_TOKEN_LOSS,
+    CrossEntropyLoss,
+    Objective,
+    Readout,
+    RowBatch,
+)
 
 # ── Messages ──
 
@@ -216,6 +222,7 @@ class Pipeline:
         }
         self.model = model
         self.dtype = residual_dtype(model)
+        self.num_left_out = 0  # rows of the last batch that exceeded the sizes of the dispatch
         self.dispatcher: AllToAllDispatcher | None = None
         if isinstance(token_dispatcher, AllToAllDispatcher):
             self.dispatcher = token_dispatcher
@@ -274,13 +281,13 @@ class Pipeline:
             return result
         left_out = torch.zeros((), dtype=torch.int64, device=self.mesh.device)
         left_out += self.dispatcher.fixed.take_left_out()
-        num_left_out = int(self.mesh.all_reduce_sum(left_out))
-        if not num_left_out:
+        self.num_left_out = int(self.mesh.all_reduce_sum(left_out))
+        if not self.num_left_out:
             return result
         if self.mesh.rank == 0:
             message = (
-                f"warning: {num_left_out:,} rows exceeded the fixed sizes of the dispatch, so the "
-                "batch is repeated with exact sizes; a higher --dispatch-capacity avoids that"
+                f"warning: {self.num_left_out:,} rows exceeded the fixed sizes of the dispatch, so "
+                "the batch is repeated with exact sizes; a higher --dispatch-capacity avoids that"
             )
             tqdm.write(message, sys.stderr)
         if clear:
@@ -319,13 +326,25 @@ class Pipeline:
         self, rows: list[RowBatch], weights: list[LossWeights], stats: LossStats,
         readout: Readout | None = None,
     ) -> list[MicroBatch]:  # fmt: skip
-        """Return micro-batches of these rows, which add to the same sums."""
+        """Return micro-batches of these rows, which add to the same sums.
+
+        What depends on the values of rows is found where the rows are; on the host that makes no
+        step wait for its device.
+        """
+        device, objective = self.mesh.device, self.objective
         microbatches = []
         for part, weight in zip(rows, weights, strict=True):
-            model_input = self.objective.model_input(part)
-            s = model_input.tokens_bs.shape[1]
-            sequence = SequencePart(self.cp_group, s, model_input.cu_seqlens)
-            microbatches.append(MicroBatch(part, model_input, sequence, weight, stats, readout))
+            model_input = objective.model_input(part)
+            shape = model_input.tokens_bs.shape
+            on_device = model_input.to(device)
+            sequence = SequencePart(self.cp_group, shape[1], on_device.cu_seqlens)
+            batch = MicroBatch(part.to(device), on_device, sequence, weight, stats, readout)
+            if isinstance(objective, CrossEntropyLoss):
+                targets = objective.targets(part)
+                batch.num_targets = len(targets.y_n)
+                if targets.place_n is not None:  # else views of the rows, found when needed
+                    batch.targets = sequence.take_targets(targets, shape).to(device)
+            microbatches.append(batch)
         return microbatches
 
     def run_microbatches(self, microbatches: list[MicroBatch], training: bool) -> None:

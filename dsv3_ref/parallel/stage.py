@@ -30,6 +30,7 @@ from dsv3_ref.training.objective import (
     Objective,
     Readout,
     RowBatch,
+    Targets,
 )
 
 
@@ -73,7 +74,8 @@ class MicroBatch:
     """A micro-batch in a stage: its rows, what the model reads of them, and the sums so far.
 
     sequence: the tokens of the input that this rank computes. readout: computed by the last stage
-    in place of the loss; its result becomes `output`.
+    in place of the loss; its result becomes `output`. targets: of this rank's tokens in a
+    cross-entropy of some tokens only; num_targets: the number of all ranks.
     """
 
     rows: RowBatch
@@ -83,6 +85,8 @@ class MicroBatch:
     stats: LossStats
     readout: Readout | None = None
     output: Tensor | None = None
+    targets: Targets | None = None
+    num_targets: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,7 +97,8 @@ class MicroBatch:
 class Stage:
     """The layers of one stage, which run on the modules of this rank.
 
-    objective: the loss that the last stage computes.
+    token_dispatcher: None calls blocks as modules, whose hooks gather their weights. objective: the
+    loss that the last stage computes.
     """
 
     def __init__(
@@ -126,7 +131,7 @@ class Stage:
         self, tape: Tape, name: str, block: Block, x_bsd: Tensor, rope: Rope,
         batch: MicroBatch,
     ) -> Steps[Tensor]:  # fmt: skip
-        """Run `Block.forward` as one segment, or as segments around the dispatch of tokens."""
+        """Run `Block.forward` as one segment, or with experts as segments around their dispatch."""
         sequence = batch.sequence
         if not isinstance(block.ffn, MoE):
             return tape.run(lambda x: block(x, rope)[0], x_bsd)
@@ -158,15 +163,11 @@ class Stage:
             return
         share, objective = batch.weights.share, self.objective
         if isinstance(objective, CrossEntropyLoss):
-            mask_n, y_n = objective.targets(batch.rows)
-            share /= max(1, len(y_n))
-            mask_n, y_n = batch.sequence.take_targets(
-                mask_n, y_n, batch.model_input.tokens_bs.shape
-            )
+            place_n, y_n = batch.targets or self.all_targets(objective, batch)
             h_nd = h_bsd
-            if mask_n is not None:
-                h_nd = tape.run(lambda h: h.flatten(0, 1)[mask_n], h_bsd)
-            value = self.add_cross_entropy(tape, h_nd, y_n, share)
+            if place_n is not None:
+                h_nd = tape.run(lambda h: h.flatten(0, 1)[place_n], h_bsd)
+            value = self.add_cross_entropy(tape, h_nd, y_n, share / max(1, batch.num_targets))
         else:
             value = self.add_loss(
                 tape, lambda h: objective.loss(h, head_wd, batch.rows), h_bsd, share
@@ -174,6 +175,11 @@ class Stage:
         batch.stats.main = batch.stats.main + value
         if objective.trains_mtp and tape.training:
             yield from self.mtp_losses(tape, h_bsd, batch)
+
+    def all_targets(self, objective: CrossEntropyLoss, batch: MicroBatch) -> Targets:
+        """Return the targets of this rank's positions, which all count."""
+        y_bs = objective.targets(batch.rows).y_n.view(batch.model_input.tokens_bs.shape)
+        return Targets(None, batch.sequence.take(y_bs).flatten())
 
     def mtp_losses(self, tape: Tape, h_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
         """Add the loss of each MTP depth to the stats (eq. 21–25)."""

@@ -10,10 +10,10 @@ depends on the routing, so it never waits for the device.
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ from dsv3_ref.parallel.tape import Grads, Steps, Tape
 from dsv3_ref.parallel.watchdog import track_operation
 
 LINKS = ("local", "intranode", "internode")
+CUDA_CAPACITY = 1.5  # the default of --dispatch-capacity on CUDA
 
 
 @dataclass
@@ -304,6 +305,18 @@ class Combine:
         return (yield from self.plan.dispatch(g_md))[0]
 
 
+class HopSize(Protocol):
+    """The number of members of a hop, and of the experts behind each of them."""
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+
+    @property
+    def experts_per_member(self) -> int:
+        """The number of experts behind a member."""
+
+
 class FixedSizes:
     """Numbers of rows per destination and of choices per rank that do not depend on the routing.
 
@@ -319,7 +332,7 @@ class FixedSizes:
         self.n_experts, self.k = n_experts, k
         self.num_left_out: int | Tensor = 0
 
-    def rows_per_level(self, levels: list[DispatchLevel]) -> list[int]:
+    def rows_per_level(self, levels: Sequence[HopSize]) -> list[int]:
         """Return the rows per destination of each level, then the choices to compute on a rank."""
         capacities = []
         rows = num_tokens = self.num_tokens  # with and without empty rows
@@ -361,7 +374,8 @@ class LevelLayout:
 class AllToAllDispatcher:
     """A dispatcher of a micro-batch's tokens by one or two levels of all-to-alls, on a tape.
 
-    fixed: the sizes of all messages and products, or None for exact sizes.
+    Without levels all experts are on this rank. fixed: the sizes of all messages and products, or
+    None for exact sizes.
     """
 
     def __init__(
@@ -437,7 +451,12 @@ class AllToAllDispatcher:
         return LevelLayout(plan, token_m, to_local_expert_ids(expert_mk, dest_m, per), True)
 
     def max_local_rows(self, sizes: list[int], expert_nk: Tensor) -> int | None:
-        """Return the fixed number of choices to compute on this rank, or None if it is exact."""
+        """Return the fixed number of choices to compute on this rank, or None if it is exact.
+
+        If all experts are here, every choice is computed, so that the number is known.
+        """
+        if not self.levels:
+            return expert_nk.numel()
         if self.fixed is None:
             return None
         self.fixed.add_left_out(((expert_nk >= 0).sum() - sizes[0]).clamp(min=0))

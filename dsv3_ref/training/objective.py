@@ -65,6 +65,26 @@ class ModelInput(NamedTuple):
     tokens_bs: Tensor
     cu_seqlens: Tensor | None = None
 
+    def to(self, device: torch.device) -> "ModelInput":
+        """Return the same input on a device."""
+        ends = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return ModelInput(self.tokens_bs.to(device), ends)
+
+
+class Targets(NamedTuple):
+    """The positions of rows end to end that count, (n,), or None for all; their next tokens, (n,).
+
+    Rows are selected by position without asking a GPU for a number, as a mask would.
+    """
+
+    place_n: Tensor | None
+    y_n: Tensor
+
+    def to(self, device: torch.device) -> "Targets":
+        """Return the same targets on a device."""
+        place_n = None if self.place_n is None else self.place_n.to(device)
+        return Targets(place_n, self.y_n.to(device))
+
 
 class Objective(Protocol):
     """The loss of a batch, as the mean of its rows' losses by their weights."""
@@ -98,17 +118,16 @@ class CrossEntropyLoss(Objective, Protocol):
     The last stage of a pipeline then adds the gradient of the head during the forward pass.
     """
 
-    def targets(self, batch: Any) -> tuple[Tensor | None, Tensor]:
-        """Return which positions count, (b·s,) or None for all, and their next tokens, (n,)."""
+    def targets(self, batch: Any) -> Targets:
+        """Return the positions that count and their next tokens."""
 
 
-def mean_cross_entropy(
-    h_bsd: Tensor, head_wd: Tensor, mask_n: Tensor | None, y_n: Tensor
-) -> Tensor:
-    """Return the mean cross-entropy in nats per token that counts; see `targets`."""
+def mean_cross_entropy(h_bsd: Tensor, head_wd: Tensor, targets: Targets) -> Tensor:
+    """Return the mean cross-entropy in nats per token that counts."""
+    place_n, y_n = targets
     h_nd = h_bsd.flatten(0, 1)
-    if mask_n is not None:
-        h_nd = h_nd[mask_n]
+    if place_n is not None:
+        h_nd = h_nd[place_n]
     return linear_cross_entropy(h_nd, head_wd, y_n) / max(1, len(y_n))
 
 
@@ -125,13 +144,13 @@ class NextTokenLoss:
         """Return the number of rows, which all have the same number of tokens."""
         return len(batch)
 
-    def targets(self, batch: RowBatch) -> tuple[None, Tensor]:
-        """Return None, since all positions count, and their next tokens."""
-        return None, batch.rows_bs[:, 1:].flatten()
+    def targets(self, batch: RowBatch) -> Targets:
+        """Return all positions, and their next tokens."""
+        return Targets(None, batch.rows_bs[:, 1:].flatten())
 
     def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
         """Return the mean in nats per token."""
-        return mean_cross_entropy(h_bsd, head_wd, *self.targets(batch))
+        return mean_cross_entropy(h_bsd, head_wd, self.targets(batch))
 
 
 class CompletionLoss:
@@ -148,15 +167,15 @@ class CompletionLoss:
         """Return the number of tokens of answers."""
         return int(read_flags(batch.rows_bs).mask_bs[:, 1:].sum())
 
-    def targets(self, batch: RowBatch) -> tuple[Tensor, Tensor]:
+    def targets(self, batch: RowBatch) -> Targets:
         """Return where answers are, and their tokens."""
         rows = read_flags(batch.rows_bs[:, 1:])
-        mask_n = rows.mask_bs.flatten()
-        return mask_n, rows.tokens_bs.flatten()[mask_n]
+        place_n = rows.mask_bs.flatten().nonzero()[:, 0]
+        return Targets(place_n, rows.tokens_bs.flatten()[place_n])
 
     def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
         """Return the mean in nats per token."""
-        return mean_cross_entropy(h_bsd, head_wd, *self.targets(batch))
+        return mean_cross_entropy(h_bsd, head_wd, self.targets(batch))
 
 
 NEXT_TOKEN_LOSS = NextTokenLoss()

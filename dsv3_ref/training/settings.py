@@ -90,8 +90,8 @@ class TrainConfig:
     micro_batch: int = 0
     """sequences per rank in one forward pass; 0: all of the rank's, or one with --pp above 1"""
     recompute: bool = False
-    """recompute the outputs of norms, MLA's up-projections and SwiGLU in the backward pass: less
-    memory and, bit for bit, the same losses (§3.2.3)"""
+    """recompute the outputs of norms, MLA's up-projections and SwiGLU, and gate and up of dense and
+    shared MLPs, in the backward pass: less memory and, bit for bit, the same losses (§3.2.3)"""
     save_every: int = 0
     """steps between checkpoints with validation; 0: a tenth of the run"""
     keep_latest_k: int = 3
@@ -300,13 +300,6 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
     yield (
         not capacity or 1 <= capacity < math.inf,
         "--dispatch-capacity must be 0 or a number from 1",
-    )
-    yield (
-        not capacity
-        or args.precision != "fp8"
-        or (args.device != "cpu" and torch.cuda.is_available()),
-        "--dispatch-capacity must be 0 with --precision fp8 on CPU, whose emulation of FP8 has "
-        "exact sizes only",
     )
     yield (
         ranks == world_size,

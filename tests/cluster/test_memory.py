@@ -13,22 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dsv3_ref import ops
-from dsv3_ref.cluster.memory import MemorySettings, usage_after_steps
+from dsv3_ref.cluster.memory import MemorySettings, fixed_rows, usage_after_steps
 from dsv3_ref.config import TINY
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import dispatch_rows
-from dsv3_ref.training.recompute import saved_tensors
+from dsv3_ref.training.recompute import SavedTensors, saved_tensors
 
-CONFIG = replace(
+CONFIG = replace(  # with widths that tell kinds of tensors apart
     TINY, vocab_size=500, n_layers=5, n_dense_layers=1, n_routed_experts=16,
-    n_activated_experts=4, embed_std=0.02,
+    n_activated_experts=4, embed_std=0.02, dim=256, n_heads=6, qk_rope_head_dim=24,
 )  # fmt: skip
 WITHOUT_MTP = replace(CONFIG, n_mtp_layers=0)
 S = 48  # tokens of a micro-batch
-WORKING_SET = 8_000_000  # within a step: FP8 is emulated in fp32, weights included
+WORKING_SET = 16_000_000  # within a step: FP8 is emulated in fp32, weights included
 
 
 # ── Counting ──
@@ -39,7 +39,7 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.live: dict[int, tuple[StorageWeakRef, int, tuple]] = {}
         self.before, self.working_set = 0, 0
         self.inside, self.num_calls = False, 0
         for x in gc.get_objects():
@@ -50,7 +50,8 @@ class LiveStorages(TorchDispatchMode):
         if x.device.type == "cpu":
             memory = x.untyped_storage()
             if memory._cdata not in self.live:
-                self.live[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
+                about = x.dtype, tuple(x.shape)
+                self.live[memory._cdata] = StorageWeakRef(memory), memory.nbytes(), about
 
     def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
         result = fn(*args, **(kwargs or {}))
@@ -64,8 +65,8 @@ class LiveStorages(TorchDispatchMode):
 
     def sizes(self) -> dict[int, int]:
         """Bytes by the address of the storage, of those that are still alive."""
-        self.live = {k: (ref, n) for k, (ref, n) in self.live.items() if not ref.expired()}
-        return {k: n for k, (_, n) in self.live.items()}
+        self.live = {k: entry for k, entry in self.live.items() if not entry[0].expired()}
+        return {k: n for k, (_, n, _) in self.live.items()}
 
     def total(self) -> int:
         return sum(self.sizes().values())
@@ -119,49 +120,97 @@ def kernels_like():
         yield
 
 
-def bytes_by_kind(live: LiveStorages, run: PipelineRun, known: set[int]) -> Counter:
-    """Bytes of everything alive that was not there before, by what holds it.
+TOLD_APART = {  # by dtype and shape; other lines of the plan are compared as a sum
+    "output of attention", "expert inputs", "gate and up of experts", "rotations", "messages",
+    "deferred weight gradients",
+}  # fmt: skip
+
+
+def kind_of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    """Which line of the plan an activation belongs to, by the widths of `CONFIG`."""
+    d, h = CONFIG.dim, CONFIG.n_heads
+    attention = "output of attention"
+    inputs, gate_up = "expert inputs", "gate and up of experts"
+    width, is_row = shape[-1] if shape else 0, len(shape) == 2
+    if dtype == torch.float8_e4m3fn:
+        return {d: inputs, CONFIG.moe_inter_dim: gate_up}[width]
+    if dtype == torch.uint8:
+        return attention
+    if dtype == torch.float32 and is_row:  # scales, and cosines and sines
+        kinds = {d // 128: inputs, 1: gate_up, CONFIG.qk_rope_head_dim // 2: "rotations"}
+        return kinds.get(width, "rest")
+    if dtype == torch.float32 and shape[2:] in {(2,), (h,)}:
+        return attention
+    return "rest"
+
+
+def activation_kind(about: tuple, saved: SavedTensors, address: int) -> tuple[str, tuple]:
+    """The kind of a storage and its (dtype, shape), as autograd has saved it if it has."""
+    if address in saved.storages:
+        handles = [x.x for x in saved.storages[address][2] if x.x is not None]
+        if handles:
+            about = handles[0].dtype, min((tuple(x.shape) for x in handles), key=len)
+    return kind_of(*about), about
+
+
+def bytes_by_kind(
+    live: LiveStorages, run: PipelineRun, known: set[int], saved: SavedTensors
+) -> tuple[Counter, Counter]:
+    """Bytes of everything alive that was not there before, by what holds it; the activations.
 
     Whatever nothing else holds is an activation.
     """
     p2p, statistics = run.p2p, run.microbatches[0].stats
+    fixed = run.pipeline.dispatcher.fixed
+    left_out = fixed.num_left_out if fixed else None
     messages = [x for _, x in p2p.sent.values()], [x for _, x in p2p.pending.values()]
     groups = {
         "messages": addresses(messages, list(p2p.local.values())),
-        "wgrads": addresses(closure_values(run.deferred_wgrads)),
-        "losses and loads": addresses(list(vars(statistics).values())),
+        "deferred weight gradients": addresses(closure_values(run.deferred_wgrads)),
+        "losses and loads": addresses(list(vars(statistics).values()), left_out),
     }
     found: Counter = Counter()
+    tensors: Counter = Counter()
     for address, size in live.sizes().items():
         if address not in known:
             kinds = [kind for kind, group in groups.items() if address in group]
-            found[[*kinds, "activations"][0]] += size
-    return found
+            if not kinds:
+                kind, about = activation_kind(live.live[address][2], saved, address)
+                kinds = [kind]
+                tensors[kind, str(about)] += 1
+            found[kinds[0]] += size
+    del found["losses and loads"]
+    return found, tensors
 
 
-def count_step(shape, name: str, batch: int, ranks_per_node: int, cp: int = 1):
+def count_step(
+    shape, name: str, batch: int, ranks_per_node: int, cp: int = 1, capacity: float = 0.0
+):
     """Return (pp rank, bytes by kind after each step of the schedule, the most within a step).
 
-    Ranks that share sequences have no MTP module, for which one of them has fewer tokens.
+    Beside the bytes are the activations, counted by kind, dtype and shape. Ranks that share
+    sequences have no MTP module, for which one of them has fewer tokens.
     """
     config = CONFIG if cp == 1 else WITHOUT_MTP
     mesh = Mesh(*shape, torch.device("cpu"), cp=cp)
     recipe = replace(RECIPES["tiny"], max_grad_norm=1e9)
     engine = ParallelEngine(
         config, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True,
-        precision="fp8",
+        precision="fp8", dispatch_capacity=capacity,
     )  # fmt: skip
     rows = torch.randint(config.vocab_size, (batch, cp * S + 1))
-    counted, run_step = [], PipelineRun.run_step
+    counted, saved = [], []
+    run_step = PipelineRun.run_step
 
     def measured_step(run, step):
         live.before, live.inside = live.total(), True
         run_step(run, step)
         live.inside = False
-        counted.append(bytes_by_kind(live, run, known))
+        counted.append(bytes_by_kind(live, run, known, saved[-1]))
 
     def train():
-        with saved_tensors(True), torch.autocast("cpu", torch.bfloat16):
+        with saved_tensors(True) as now, torch.autocast("cpu", torch.bfloat16):
+            saved.append(now)
             engine.train_step(rows, recipe, 1e-3, 1e-3, 0.3)
 
     with kernels_like(), pytest.MonkeyPatch.context() as patch:
@@ -184,13 +233,19 @@ def gang():
     pool.stop()
 
 
-def settings(name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int, cp: int = 1):
+def settings(
+    name: str, pp: int, ep: int, microbatches: int, ranks_per_node: int, cp: int = 1,
+    capacity: float = 0.0,
+) -> MemorySettings:  # fmt: skip
     """Return what the plan of such a mesh depends on."""
-    num_stages = 2 * pp if name == "dualpipev" else pp
+    num_stages, per_node = 2 * pp if name == "dualpipev" else pp, ranks_per_node or ep
+    fixed = fixed_rows(CONFIG, ep, per_node, S, capacity)
     with kernels_like():
-        rows = dispatch_rows(CONFIG, ep, ranks_per_node or ep)
+        rows = dispatch_rows(CONFIG, ep, per_node)
     config = CONFIG if cp == 1 else WITHOUT_MTP
-    return MemorySettings(config, name, pp, ep, num_stages, microbatches, S, True, 2, rows, cp)
+    return MemorySettings(
+        config, name, pp, ep, num_stages, microbatches, S, True, 2, rows, fixed, cp
+    )
 
 
 SHORT = [(name, 2, 2, 0, 4) for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
@@ -225,13 +280,28 @@ def test_ranks_that_share_sequences_hold_what_was_planned(name, pp, ep, cp, m, g
     check_bytes(at, gang.run(pp * ep, count_step, (pp, 1, ep), name, m * ep // cp, 0, cp))
 
 
+PADDED = [("dualpipe", 2, 2, 0, 4, 1.5), ("zb1p", 2, 4, 2, 3, 1.5)]
+
+
+@pytest.mark.parametrize("name, pp, ep, ranks_per_node, m, capacity", PADDED)
+@pytest.mark.full
+def test_so_do_ranks_that_dispatch_with_fixed_sizes(
+    name, pp, ep, ranks_per_node, m, capacity, gang
+):
+    at = settings(name, pp, ep, m, ranks_per_node, capacity=capacity)
+    args = (pp, 1, ep), name, m * ep, ranks_per_node, 1, capacity
+    check_bytes(at, gang.run(pp * ep, count_step, *args))
+
+
 def check_bytes(at: MemorySettings, answers) -> None:
     """Compare what each rank holds after every step with the plan, by kind."""
     for rank, counted, within in answers:
         planned = usage_after_steps(at, rank)
-        for i, (want, got) in enumerate(zip(planned, counted, strict=True)):
-            wgrads, messages = want["deferred weight gradients"], want["messages"]
-            assert got["messages"] == messages, (rank, i)
-            assert got["wgrads"] == wgrads, (rank, i)
-            assert got["activations"] == want.total() - wgrads - messages, (rank, i)
+        for i, (want, (got, tensors)) in enumerate(zip(planned, counted, strict=True)):
+            by_kind: Counter = Counter()
+            for kind, size in want.items():
+                by_kind[kind if kind in TOLD_APART else "rest"] += size
+            for kind in by_kind | got:
+                held = [f"{n} × {about}" for (group, about), n in tensors.items() if group == kind]
+                assert got[kind] == by_kind[kind], "\n".join([f"{rank, i, kind}", *held])
         assert within < WORKING_SET

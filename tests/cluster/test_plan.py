@@ -14,7 +14,13 @@ from torch.distributed import distributed_c10d
 from dsv3_ref import ops
 from dsv3_ref.cli.main import main
 from dsv3_ref.cluster.memory import attention_buffers
-from dsv3_ref.cluster.plan import PlanConfig, estimate, memory_settings, params_by_rank
+from dsv3_ref.cluster.plan import (
+    PlanConfig,
+    estimate,
+    format_estimate,
+    memory_settings,
+    params_by_rank,
+)
 from dsv3_ref.cluster.step_time import pipeline_spans, waterfall
 from dsv3_ref.config import TINY, V3, UserError, count_params
 from dsv3_ref.optim import RECIPES
@@ -115,6 +121,26 @@ def test_v3_fits_in_80_gb_with_its_messages(v3):
         assert rank.weights / 1e9 == pytest.approx(weights, abs=0.05)
         assert rank.masters / 1e9 == pytest.approx(masters, abs=0.01)
         assert rank.gradients / 1e9 == pytest.approx(gradients, abs=0.01)
+
+
+def test_fixed_sizes_are_padded_in_every_line_of_rows(v3):
+    """Expert inputs and products have 1.5 × the mean; the text names both sizes."""
+    padded = estimate(replace(v3.plan, dispatch_capacity=1.5))
+    for kind in ("expert inputs", "gate and up of experts"):
+        ratio = padded.usage[8][kind] / v3.usage[8][kind]
+        assert ratio == pytest.approx(1.5, abs=0.05), kind
+    top = f"{max(rank.gpu for rank in padded.ranks) / 1e9:.1f} GB"
+    assert f"{top} with sizes of 1.5 × the mean" in format_estimate(v3)
+    assert "sizes of 1.5 × the mean (--dispatch-capacity 1.5):" in format_estimate(padded)
+    with pytest.raises(UserError, match="--dispatch-capacity"):
+        estimate(replace(v3.plan, dispatch_capacity=0.5))
+
+
+def test_weights_are_exchanged_as_they_are_kept(v3):
+    """Gradients in fp32; weights in FP8, or in bf16."""
+    bf16 = estimate(replace(v3.plan, precision="bf16"))
+    ratio = bf16.sent["gradients and weights"] / v3.sent["gradients and weights"]
+    assert 1.05 < ratio < 6 / 5  # embedding and head are in bf16 in both
 
 
 def test_slower_links_and_less_overlap_cost_more(v3):
