@@ -29,7 +29,7 @@ def run_generate(args: GenerateConfig) -> None:
         texts = [text + piece for text, piece in zip(texts, pieces)]
         if is_single:
             print_text(pieces[0])
-    print_text("\n" if is_single else "\n\n".join(texts) + "\n")
+    print("" if is_single else printable("\n\n".join(texts), sys.stdout))
     seconds = time.perf_counter() - start
     print(f"{num_pieces - 1} decoding steps in {seconds:.1f} s", file=sys.stderr)
 
