@@ -1505,3 +1505,37 @@ check_nodes(my_nodes)
 # dsv3 plan --unit decode --context 16384    a decode unit (chapter 20)
 # dsv3 plan --config small --pp 2 --ep 4 --dp 1 --global-batch-size 64 --seq-len 2048
 # ```
+
+# %% [markdown]
+# ### One to eight nodes
+# V2-Lite's size needs no pipeline. `--fully-shard` (ZeRO-3 by PyTorch's `fully_shard`) divides weights, gradients and
+# moments among all GPUs and gathers one block at a time, for its forward and again for its backward pass. Every GPU computes
+# all experts for its own tokens. What it sends grows with the parameters, not with the tokens, so micro-batches must be
+# large; `--ep 8` keeps whole gradients of dense layers and of its experts, but sends only tokens.
+
+# %%
+from dsv3_ref.cluster.fully_sharded import sharded_bytes_sent, sharded_memory
+from dsv3_ref.config import V2_LITE
+
+SEQUENCES = 2304  # per step, of 4,096 tokens
+print("V2-Lite, micro-batches of two sequences with recomputation; --ep 8: of one")
+for gpus in (8, 64):
+    memory = sharded_memory(V2_LITE, gpus, 4096, 2, recompute=True)
+    sent = sharded_bytes_sent(V2_LITE, gpus) * SEQUENCES / gpus / 2
+    print(
+        f"{gpus:2} GPUs, --fully-shard: {memory.total / 1e9:5.1f} GB, {sent / 1e12:5.2f} TB sent per step"
+    )
+    plan = PlanConfig(
+        "v2_lite", 1, 8, gpus // 8, schedule="1f1b", global_batch_size=SEQUENCES, precision="bf16"
+    )
+    experts = estimate(plan)
+    sent_experts = sum(experts.sent.values())
+    print(
+        f"               --ep 8: {experts.ranks[0].gpu / 1e9:5.1f} GB, {sent_experts / 1e12:5.2f} TB"
+    )
+    assert sent > 4 * sent_experts and memory.total < 80e9
+
+# %% [markdown]
+# Choose `--ep` while its memory suffices and the experts can be divided evenly, because it sends less. Choose
+# `--fully-shard` if weights and gradients are what does not fit, if the number of GPUs does not divide the experts, or if
+# uneven experts would make GPUs wait. `dsv3 plan --config v2_lite --fully-shard --gpus 8 --micro-batch 3` itemizes the memory.

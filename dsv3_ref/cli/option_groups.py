@@ -96,8 +96,8 @@ OPTION_GROUPS: dict[str, Groups] = {
         "output": "out",
     },
     "plan": {
-        "training": "config seq_len global_batch_size precision",
-        "parallelism": "pp ep dp cp schedule zero ep_ranks_per_node",
+        "training": "config seq_len global_batch_size micro_batch precision",
+        "parallelism": "pp ep dp cp schedule zero fully_shard gpus ep_ranks_per_node",
         "hardware": "hardware",
         "serving": "unit context",
         "output": "out",

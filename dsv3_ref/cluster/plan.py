@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.cluster.fully_sharded import KIND_LABELS, sharded_bytes_sent, sharded_memory
 from dsv3_ref.cluster.memory import (
     Bytes,
     MemorySettings,
@@ -95,6 +96,13 @@ class PlanConfig:
     """precision of the linear layers"""
     zero: bool = True
     """ZeRO-1: shard the optimizer's moments over data-parallel ranks"""
+    fully_shard: bool = False
+    """plan `dsv3 train --fully-shard` instead: memory and traffic in bf16 on --gpus GPUs, without
+    --pp, --ep and --dp"""
+    gpus: int = 8
+    """GPUs, with --fully-shard"""
+    micro_batch: int = 1
+    """sequences per GPU in one forward pass, with --fully-shard"""
     ep_ranks_per_node: int = 8
     """expert-parallel ranks per node"""
     dispatch_capacity: float = 0.0
@@ -370,6 +378,42 @@ def validate_plan(plan: PlanConfig, config: Config) -> None:
         raise UserError(f"--global-batch-size must be a multiple of --dp × --ep{divisor} = {n}")
 
 
+# ── Fully sharded ──
+
+
+def describe_fully_sharded(plan: PlanConfig) -> str:
+    """Return what each GPU holds and sends with --fully-shard; raise a `UserError` if invalid."""
+    for name in ("gpus", "micro_batch", "seq_len"):
+        if getattr(plan, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    config = load_config(plan.config)
+    lean, fast = (
+        sharded_memory(config, plan.gpus, plan.seq_len, plan.micro_batch, recompute)
+        for recompute in (True, False)
+    )
+    rows = [
+        f"  {KIND_LABELS[kind]:44}{size / 1e9:8.2f}{getattr(fast, kind) / 1e9:10.2f}"
+        for kind, size in lean._asdict().items()
+    ]
+    rows.append(f"  {'sum':44}{lean.total / 1e9:8.2f}{fast.total / 1e9:10.2f}")
+    limit = plan.rates.memory
+    verdicts = [
+        f"{'fits' if memory.total <= limit else 'does NOT fit'} in {limit / 1e9:g} GB {how}"
+        for memory, how in ((lean, "with --recompute"), (fast, "without"))
+    ]
+    table = "\n".join(rows)
+    sent, tokens = sharded_bytes_sent(config, plan.gpus), plan.micro_batch * plan.seq_len
+    products = training_flops_per_token(config, plan.seq_len) * tokens / (plan.rates.gemm / 2)
+    return f"""\
+{plan.config} on {plan.gpus:,} {plan.hardware.upper()}, fully sharded, micro-batches of \
+{plan.micro_batch} × {plan.seq_len:,} tokens per GPU
+GB on each GPU at the peak of a step, with --recompute and without:
+{table}
+{"; ".join(verdicts)}
+sent by a GPU per micro-batch: {sent / 1e9:.1f} GB, at least {sent / plan.rates.nvlink:.2f} s, \
+beside {products:.2f} s of products in bf16, at half of --rates.gemm"""
+
+
 # ── A serving unit ──
 
 MAX_ROWS_PER_EXPERT = 256  # in a batch, about (§3.4.2)
@@ -611,6 +655,9 @@ def print_plan(plan: PlanConfig) -> None:
     """Print the estimate of a plan; with --out, save a figure of its memory."""
     if plan.unit != "train":
         print(describe_unit(plan))
+        return
+    if plan.fully_shard:
+        print(describe_fully_sharded(plan))
         return
     result = estimate(plan)
     print(format_estimate(result))

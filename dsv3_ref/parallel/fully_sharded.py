@@ -64,7 +64,7 @@ class Units:
     def shard(self, module: nn.Module) -> None:
         """Keep this rank's slices of all parameters of a module that are not sharded yet."""
         others = [m for m in module.modules() if not isinstance(m, FSDPModule)]
-        wide = [m for m in others if isinstance(m, RMSNorm | Gate)]
+        wide: list[nn.Module] = [m for m in others if isinstance(m, RMSNorm | Gate)]
         fully_shard(wide, mesh=self.mesh, reshard_after_forward=False)
         fully_shard(module, mesh=self.mesh, mp_policy=self.policy)
 

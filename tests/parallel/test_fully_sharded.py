@@ -1,5 +1,6 @@
 """Fully sharded data parallelism: the steps of one process, and slices in checkpoints."""
 
+import json
 import shutil
 from dataclasses import replace
 from math import inf
@@ -11,10 +12,22 @@ import torch.distributed as dist
 from gang import Gang
 from miniruns import metrics, options
 from test_cluster import near, wait_for_exit
-from test_parallel import CPU, MICRO, computing_in, draw_conversations, draw_tokens, relative
-from test_parallel import save_grads, step_numbers
+from support import randomize
+from test_parallel import (
+    CPU,
+    MICRO,
+    computing_in,
+    draw_conversations,
+    draw_tokens,
+    relative,
+    save_grads,
+    step_numbers,
+)
+from test_sharded import WIDE, contents, counted_reads, write
 
-from dsv3_ref.checkpoints.native import list_checkpoints
+from dsv3_ref.checkpoints.huggingface import save_hf
+from dsv3_ref.checkpoints.native import fill_tensors, fill_weights, list_checkpoints, load
+from dsv3_ref.checkpoints.sharded import held_ranges, stage, weight_ranges
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, build_adamw
@@ -22,7 +35,8 @@ from dsv3_ref.parallel.fully_sharded import FullyShardedEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.posttraining.sft import flagged_loss, num_loss_tokens
 from dsv3_ref.pretrain import train_step
-from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, CompletionLoss
+from dsv3_ref.training.ema import EMA
+from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, CompletionLoss, RowBatch
 from dsv3_ref.training.recompute import saved_tensors
 from dsv3_ref.training.settings import parse_args, validate_args
 
@@ -171,3 +185,95 @@ def test_a_step_is_the_step_of_one_process(world, task, micro_batch, num_rows, g
         assert same and numbers < 1e-12
         assert max(errors.values()) < 1e-12, max(errors.items(), key=lambda e: e[1])
         assert names <= errors.keys()
+
+
+# ── Checkpoints ──
+
+
+def build(config=MICRO, seed: int = 1) -> tuple[FullyShardedEngine, EMA]:
+    engine = FullyShardedEngine(config, RECIPE, Mesh(1, dist.get_world_size(), 1, CPU), seed)
+    optimizer = engine.optimizer
+    return engine, EMA(optimizer.masters(), optimizer.adamw, 0.9, optimizer.gather_weights)
+
+
+def train_and_save(folder) -> tuple[int, int]:
+    """Take two steps and save; return the bytes that this rank stages, and its elements."""
+    engine, ema = build()
+    torch.manual_seed(2)
+    for _ in range(2):
+        engine.train_step(draw_tokens(4), RECIPE, 1e-2, 1e-2, 0.3)
+        ema.update()
+    ema.wait()
+    write(engine, ema, folder)
+    staged = stage(held_ranges(engine, ema, once=True))
+    num_bytes = sum(part.values.nbytes for part in staged.values())
+    return num_bytes, sum(x.numel() for x in engine.optimizer.shards.values())
+
+
+def load_and_save(old, new) -> bool:
+    """Load a checkpoint on other ranks, check the gathered weights, and save it again."""
+    engine, ema = build(seed=5)
+    fill_tensors(old, held_ranges(engine, ema))
+    engine.optimizer.gather_weights()
+    write(engine, ema, new)
+    want = load(old)
+    rows_bs = RowBatch(draw_tokens(2))
+    targets_n = rows_bs.rows_bs[:, 1:].flatten()
+    h_bsd, _ = want.hidden_states(rows_bs.rows_bs[:, :-1])
+    nll = torch.nn.functional.cross_entropy(want.head(h_bsd).flatten(0, 1), targets_n)
+    return abs(engine.mean_loss(rows_bs) - nll.item()) < 1e-5
+
+
+@pytest.mark.parametrize("worlds", [(2, 3), pytest.param((4, 1), marks=pytest.mark.full)], ids=str)
+def test_ranks_write_their_slices_once_and_others_load_them(worlds, gang, tmp_path):
+    """Master 4, moments 2 + 2, average 4 bytes per element; gate biases on the first rank."""
+    ranks = gang.run(worlds[0], train_and_save, tmp_path / "old")
+    biases = 4 * MICRO.n_routed_experts * (MICRO.n_layers + MICRO.n_mtp_layers - 1)
+    for rank, (staged, own) in enumerate(ranks):
+        assert staged == 12 * own + (0 if rank else biases)
+    assert sum(own for _, own in ranks) == sum(p.numel() for p in Transformer(MICRO).parameters())
+    assert all(gang.run(worlds[1], load_and_save, tmp_path / "old", tmp_path / "new"))
+    want, got = contents(tmp_path / "old"), contents(tmp_path / "new")
+    assert want.keys() == got.keys()
+    assert all(torch.equal(got[name], x) for name, x in want.items())
+
+
+def refusal_of_missing_moments(folder) -> str:
+    engine, _ = build()
+    table = json.loads((folder / "tensors.json").read_text())
+    dist.barrier()
+    del table["tensors"]["exp_avg.head.weight"]
+    (folder / "tensors.json").write_text(json.dumps(table))
+    dist.barrier()
+    with pytest.raises(UserError) as refused:
+        fill_tensors(folder, held_ranges(engine))
+    return str(refused.value)
+
+
+def test_missing_moments_are_refused(gang, tmp_path):
+    gang.run(2, train_and_save, tmp_path / "old")
+    for text in gang.run(2, refusal_of_missing_moments, tmp_path / "old"):
+        assert "lacks exp_avg.head.weight" in text
+
+
+# ── Starting weights ──
+
+
+def start_from(folder) -> tuple[int, bool]:
+    """Load a directory; return the bytes that are read, and whether all weights are right."""
+    engine, _ = build(WIDE)
+    with counted_reads() as counted:
+        fill_weights(weight_ranges(engine), folder)
+    whole = load(folder, dtype=torch.float32).state_dict()
+    exact = all(torch.equal(p.full_tensor(), whole[n]) for n, p in engine.model.named_parameters())
+    return sum(counted), exact
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.full)])
+def test_a_start_reads_the_slices_of_the_rank(world, gang, tmp_path):
+    torch.manual_seed(3)
+    save_hf(randomize(Transformer(WIDE)).bfloat16(), tmp_path / "hf", 200_000)
+    stored = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
+    ranks = gang.run(world, start_from, tmp_path / "hf")
+    assert all(exact and read < 1.1 * stored / world + 50_000 for read, exact in ranks)
+    assert sum(read for read, _ in ranks) < 1.1 * stored

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from math import prod
 
@@ -212,6 +213,19 @@ class CountingSlice:
         return self.count(self.stored[key])
 
 
+@contextmanager
+def counted_reads():
+    """Yield a list to which the bytes of everything that is read are appended."""
+    counted: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = safetensors_files.safe_open
+        patch.setattr(
+            safetensors_files, "safe_open",
+            lambda path, framework: CountingFile(real(path, framework=framework), counted),
+        )  # fmt: skip
+        yield counted
+
+
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory, saved):
     """Return a directory of every format, with weights of `WIDE`."""
@@ -239,13 +253,7 @@ def start_from(shape, schedule: str, folder) -> tuple[int, int, bool]:
     whether its model is right.
     """
     engine = ParallelEngine(WIDE, RECIPE, Mesh(*shape, CPU), schedule, 1)
-    counted: list[int] = []
-    with pytest.MonkeyPatch.context() as patch:
-        real = safetensors_files.safe_open
-        patch.setattr(
-            safetensors_files, "safe_open",
-            lambda path, framework: CountingFile(real(path, framework=framework), counted),
-        )  # fmt: skip
+    with counted_reads() as counted:
         fill_weights(weight_ranges(engine), folder)
     engine.optimizer.gather_weights()
     whole = load(folder, dtype=torch.float32).state_dict()
