@@ -97,7 +97,8 @@ OPTION_GROUPS: dict[str, Groups] = {
     },
     "plan": {
         "training": "config seq_len global_batch_size micro_batch precision",
-        "parallelism": "pp ep dp cp schedule zero fully_shard gpus ep_ranks_per_node dispatch_capacity",
+        "parallelism": "pp ep dp cp schedule zero fully_shard gpus ep_ranks_per_node"
+        " dispatch_capacity",
         "hardware": "hardware",
         "serving": "unit context",
         "output": "out",
