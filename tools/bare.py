@@ -55,24 +55,24 @@ def normalized(name: str) -> str:
 
 def closure(names: tuple[str, ...]) -> set[str]:
     """Return these distributions and all that they require."""
-    found: set[str] = set()
+    names_and_requirements: set[str] = set()
     waiting = list(names)
     while waiting:
         name = normalized(waiting.pop())
-        if name in found:
+        if name in names_and_requirements:
             continue
-        found.add(name)
+        names_and_requirements.add(name)
         try:
             needed = requires(name) or []
         except PackageNotFoundError:
             continue
         waiting += [re.match(r"[\w.-]+", x)[0] for x in needed if "extra ==" not in x]  # type: ignore[index]
-    return found
+    return names_and_requirements
 
 
 def installed() -> set[str]:
     """Return the names of all distributions that are installed here, as they spell them."""
-    return {found.metadata["Name"] for found in distributions()}
+    return {owner.metadata["Name"] for owner in distributions()}
 
 
 def absent_modules(present: set[str]) -> set[str]:

@@ -41,7 +41,7 @@ def make_model(config: Config, device: torch.device) -> Transformer:
     return Transformer(config).to(device)
 
 
-def train(
+def train_model(
     config: Config, precision: str, args: argparse.Namespace, trace: Path | None
 ) -> dict[str, object]:
     """Train on the same rows in each step; return the losses and the rate of the later steps."""
@@ -69,7 +69,7 @@ def train(
     return {"losses": losses, "tokens_per_s": args.rows * config.max_seq_len / usual}
 
 
-def decode(config: Config, batch_size: int, device: torch.device) -> dict[str, object]:
+def decode_batch(config: Config, batch_size: int, device: torch.device) -> dict[str, object]:
     """Continue random prompts twice; return the rate of the second time, prompt included."""
     model = make_model(config, device).to(torch.bfloat16).eval()
     prompt_bs = torch.randint(config.vocab_size, (batch_size, PROMPT_LENGTH), device=device)
@@ -82,7 +82,7 @@ def decode(config: Config, batch_size: int, device: torch.device) -> dict[str, o
     return {"batch_size": batch_size, "tokens_per_s": batch_size * NEW_TOKENS / seconds}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_end_to_end_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_ref.kernels.bench.end_to_end")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (%(default)s)")
@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run both precisions and both batch sizes; return 1 if a loss does not fall."""
-    args = parse_args(argv)
+    args = parse_end_to_end_args(argv)
     config = CONFIGS[args.config]
     config = replace(config, n_layers=args.layers or config.n_layers)
     report: dict[str, object] = {"torch": torch.__version__, "config": args.config}
@@ -110,13 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:12}{json.dumps(result)}", flush=True)
 
     for precision in BACKENDS:
-        result = train(config, precision, args, args.trace if precision == "fp8" else None)
+        result = train_model(config, precision, args, args.trace if precision == "fp8" else None)
         losses = result["losses"]
         assert isinstance(losses, list)
         falls.append(losses[-1] < losses[0])
         record(f"train {precision}", result)
     for batch_size in (1, 8):
-        record(f"decode {batch_size}", decode(config, batch_size, torch.device(args.device)))
+        record(f"decode {batch_size}", decode_batch(config, batch_size, torch.device(args.device)))
     return int(not all(falls))
 
 

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from dsv3_ref.kernels.bench.case import Case
 from dsv3_ref.kernels.bench.suite import all_cases
 from dsv3_ref.kernels.bench.timing import (
-    as_tuple,
+    as_results,
     format_error,
     prepare_calls,
     relative_difference,
@@ -35,12 +36,12 @@ class Check:
     error: str
 
 
-def run_check(case: Case, device: str) -> Check:
+def check_case(case: Case, device: str) -> Check:
     """Call a case twice and its first yardstick once."""
     torch.manual_seed(torch.seed() % 2**31)  # new numbers in every run
     try:
         call, yardsticks = prepare_calls(case, device)
-        first, second = ([x.clone() for x in as_tuple(call())] for _ in range(2))
+        first, second = ([x.clone() for x in as_results(call())] for _ in range(2))
         working, _ = warm_up_yardsticks(yardsticks)
         difference = relative_difference(tuple(first), next(iter(working.values()))())
         error = case.make_timing(difference=difference).error
@@ -56,7 +57,7 @@ def bits_of(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.uint8) if x.ndim else x.reshape(1).view(torch.uint8)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_smoke_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m dsv3_ref.kernels.bench.smoke")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (%(default)s)")
@@ -68,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the first case of every kind; return 1 if any of them is wrong."""
-    args = parse_args(argv)
+    args = parse_smoke_args(argv)
     first: dict[str, Case] = {}
     for case in all_cases(args.divisor):
         first.setdefault(case.kind, case)
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     checks: list[Check] = []
     for case in chosen:
-        checks.append(run_check(case, args.device))
+        checks.append(check_case(case, args.device))
         check = checks[-1]
         value = "–" if check.difference is None else f"{check.difference:.1e}"
         print(f"{check.name:58}{value:>10}  {check.error.splitlines()[0] if check.error else 'ok'}")

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from dsv3_ref.kernels.bench import calls
-from dsv3_ref.kernels.bench.calls import randn, with_backends
-from dsv3_ref.kernels.bench.case import COPY, Call, Calls, Case, GPULimits, Output, Timing
 from torch import Tensor
 from triton.runtime.autotuner import Autotuner
 
 from dsv3_ref import kernels
+from dsv3_ref.kernels.bench import calls
+from dsv3_ref.kernels.bench.calls import randn, with_backends
+from dsv3_ref.kernels.bench.case import COPY, Call, Calls, Case, GPULimits, Output, Timing
 from dsv3_ref.ops import use
 
 FLUSH_BYTES = 256 * 2**20  # several times the size of an L2
@@ -83,7 +83,7 @@ def warm_up_yardsticks(yardsticks: dict[str, Call]) -> tuple[dict[str, Call], di
 # ── Are the results right? ──
 
 
-def as_tuple(output: Output) -> tuple[Tensor, ...]:
+def as_results(output: Output) -> tuple[Tensor, ...]:
     """Return the results of a call as a tuple."""
     return output if isinstance(output, tuple) else (output,)
 
@@ -94,7 +94,7 @@ def relative_difference(output: Output, expected: Output) -> float:
     A result that is wider than the other because of padding is cut.
     """
     differences = []
-    for pair in zip(as_tuple(output), as_tuple(expected), strict=True):
+    for pair in zip(as_results(output), as_results(expected), strict=True):
         x, y = (z.detach().float() for z in pair)
         if x.ndim:
             width = min(x.shape[-1], y.shape[-1])
@@ -106,11 +106,12 @@ def relative_difference(output: Output, expected: Output) -> float:
 
 def tuned_configs() -> dict[str, float]:
     """Return the ms of each config of each kernel that was tuned since `forget_tuned_configs`."""
-    found = {}
+    ms_of_configs = {}
     for tuner in autotuners():
         for config, ms in getattr(tuner, "configs_timings", {}).items():
-            found[f"{tuner.base_fn.__name__} {config}"] = ms[0] if isinstance(ms, list) else ms
-    return found
+            median = ms[0] if isinstance(ms, list) else ms
+            ms_of_configs[f"{tuner.base_fn.__name__} {config}"] = median
+    return ms_of_configs
 
 
 def forget_tuned_configs() -> None:

@@ -173,11 +173,11 @@ def test_counts_add_up(e, m):
 def test_a_case_can_be_made_and_called(name, monkeypatch):
     monkeypatch.setattr(calls, "KERNEL_BACKENDS", ("torch",))
     kernel, yardsticks = timing.prepare_calls(SMALL[name], "cpu")
-    want = [t.shape for t in timing.as_tuple(kernel())]
+    want = [t.shape for t in timing.as_results(kernel())]
     working, errors = timing.warm_up_yardsticks(yardsticks)
     assert set(errors) <= {"scaled_mm rows", "scaled_mm blocks", "SDPA cuDNN"}, errors  # need a GPU
     for yardstick, call in working.items():
-        shapes = [t.shape for t in timing.as_tuple(call())]
+        shapes = [t.shape for t in timing.as_results(call())]
         assert [x[:-1] for x in shapes] == [x[:-1] for x in want]
         assert "SDPA" in yardstick or shapes == want  # which pads values to the width of keys
 

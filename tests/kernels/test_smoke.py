@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from dsv3_ref.kernels.bench import calls, smoke
 from dsv3_ref.kernels.bench.case import Case
 
@@ -32,7 +33,7 @@ def broken():
 )
 def test_a_check_says_what_is_wrong(call, error, monkeypatch):
     monkeypatch.setattr(calls, "KERNEL_BACKENDS", ("torch",))
-    assert smoke.run_check(make_case("a", call), "cpu").error == error
+    assert smoke.check_case(make_case("a", call), "cpu").error == error
 
 
 def test_all_kinds_are_checked_and_one_fault_fails(monkeypatch, tmp_path, capsys):
