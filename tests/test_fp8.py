@@ -246,7 +246,8 @@ def test_a_grouped_product_is_one_product_per_expert(counts, n, k):
 
 @given(counts=COUNTS, extra=st.integers(1, 200))
 def test_rows_after_the_last_experts_are_left_out(counts, extra):
-    counts_e, n, k = torch.tensor(counts), 24, 40
+    counts_e = torch.tensor(counts)
+    n, k = 24, 40
     x = torch.randn(sum(counts) + extra, k)
     b, full = fp8.weight_quant(torch.randn(len(counts), n, k)), fp8.act_quant(x)
     rows = [t[: sum(counts)] for t in full]

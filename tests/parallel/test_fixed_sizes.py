@@ -151,7 +151,8 @@ def compare_engines(shape, name: str, ranks_per_node: int, capacity: float, prec
     each step exceeded its sizes.
     """
     mesh, recipe = Mesh(*shape, CPU), RECIPES["tiny"]
-    numbers, said, overflows = [], [], []
+    numbers, overflows = [], []
+    said = []
     fp8, backends = precision == "fp8", ("zero_bubble", "auto")
     with (
         pytest.MonkeyPatch.context() as patch,

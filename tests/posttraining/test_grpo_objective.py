@@ -9,7 +9,9 @@ from dsv3_ref.posttraining.grpo_objective import GRPOObjective, RolloutRows
 
 PROMPTS, COMPLETIONS = [3, 1, 2, 4, 1], [2, 5, 1, 3, 4]
 LENGTHS = [p + n for p, n in zip(PROMPTS, COMPLETIONS)]
-EPSILON, BETA, CAP, TEMPERATURE, MAX_NEW_TOKENS = (0.2, 0.3), 0.05, 1.2, 0.7, 9
+EPSILON, BETA = (0.2, 0.3), 0.05
+CAP = 1.2
+TEMPERATURE, MAX_NEW_TOKENS = 0.7, 9
 NUM_ROLLOUTS, NUM_TOKENS = 7, 40.0  # of the minibatch, with two rollouts that have no gradient
 VOCAB, DIM = 11, 6
 
@@ -51,7 +53,8 @@ def rows_of(batch: RolloutRows, begin: int, end: int) -> RolloutRows:
 
 def loss_in_parts(objective, batch, states, sizes) -> torch.Tensor:
     """Return the mean loss of micro-batches, weighted as the training loop weights them."""
-    (h_nd, head_wd), total, begin = states, 0.0, 0
+    h_nd, head_wd = states
+    total, begin = 0.0, 0
     for size in sizes:
         part = rows_of(batch, begin, begin + size)
         first, last = sum(LENGTHS[:begin]), sum(LENGTHS[: begin + size])

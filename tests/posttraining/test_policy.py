@@ -1,5 +1,6 @@
 """Completions of a policy: which prompt each one has, when it has ended, and what must fit."""
 
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -118,9 +119,10 @@ def test_conversations_are_completed_some_at_a_time(model, chat, monkeypatch, mo
     talks = [ask("a" * (1 + i)) for i in range(5)]
     batches = list(policy.iter_batches(talks, 2, 9, 0.7))
     assert [len(batch) for batch in batches] == sizes
-    found = [x.prompt for batch in batches for x in batch]
-    assert found == [prompt for talk in talks for prompt in [chat.render_prompt(talk)] * 2]
-    assert policy.generate(talks, 2, 9, 0.7) == [x for batch in batches for x in batch]
+    completions = list(chain.from_iterable(batches))
+    prompts = [[chat.render_prompt(talk)] * 2 for talk in talks]
+    assert [x.prompt for x in completions] == list(chain.from_iterable(prompts))
+    assert policy.generate(talks, 2, 9, 0.7) == completions
 
 
 def test_the_models_own_sampling_is_the_default(model, chat):

@@ -1,6 +1,7 @@
 """The objective of a reward model beside each pair by itself, and the options of `dsv3 reward`."""
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from dsv3_ref.posttraining.reward import (
 )
 from dsv3_ref.sft import SpecialTokens
 
-VOCAB, DIM, WEIGHT = 11, 6, 0.3
+VOCAB, DIM = 11, 6
+WEIGHT = 0.3
 TOKENS = SpecialTokens(bos=0, eos=1, pad=2, user=3, assistant=4)
 # pairs of (tokens, which of them are judgments)
 PAIRS = [
@@ -56,7 +58,7 @@ def loss_alone(states, i: int) -> torch.Tensor:
     (chosen, _), _ = PAIRS[i]
     reward, other = logit_nw[len(chosen) - 1, TOKENS.pad], logit_nw[-1, TOKENS.pad]
     loss = torch.log1p(torch.exp(other - reward))
-    tokens, mask = ([x for sample in PAIRS[i] for x in sample[j]] for j in (0, 1))
+    tokens, mask = (list(chain.from_iterable(parts)) for parts in zip(*PAIRS[i]))
     learned = [j for j, is_learned in enumerate(mask) if is_learned]
     logp_nw = logit_nw.log_softmax(-1)
     return loss - WEIGHT / 2 * sum(logp_nw[j - 1, tokens[j]] for j in learned)
