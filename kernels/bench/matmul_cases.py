@@ -39,7 +39,7 @@ def blockwise_scaled_mm_call(x_q: Tensor, x_s: Tensor, w_q: Tensor, w_s: Tensor)
     x_s, w_s = x_s.T.contiguous().T, w_s.T.contiguous().T
 
     def call() -> Tensor:
-        recipe = F.ScalingType  # type: ignore[attr-defined]  # from torch 2.10
+        recipe = F.ScalingType
         tiles, blocks = recipe.BlockWise1x128, recipe.BlockWise128x128
         return F.scaled_mm(x_q, w_q.T, x_s, tiles, w_s.T, blocks, output_dtype=BF16)
 

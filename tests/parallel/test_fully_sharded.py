@@ -139,7 +139,8 @@ def compare_steps(task: str, micro_batch: int, num_rows: int):
         whole = Transformer(MICRO)
         optimizer = build_adamw(whole, recipe, torch.float64)
         grads, _ = save_grads(whole, optimizer)
-        numbers, errors, same = [], {}, True
+        numbers, errors = [], {}
+        same = True
         own_loads, add_loads = [], engine.tokens_per_expert
         engine.tokens_per_expert = lambda own: own_loads.append(dict(own)) or add_loads(own)
         for _ in range(3):
