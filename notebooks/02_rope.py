@@ -435,8 +435,8 @@ for dtype in (torch.float32, torch.bfloat16):
     print(f"largest error of cos in {dtype}: {(angle_sj.float().cos() - cos_sj).abs().max():.0e}")
 whole, late = rope_cos_sin(V3, torch.arange(10)), rope_cos_sin(V3, torch.arange(7, 10))
 assert torch.equal(whole[0][7:], late[0])  # decoding continues where prefill stopped
-cos, sin, _ = Rope.from_cu_seqlens(V3, to_cu_seqlens([4, 6]))
-assert torch.equal(cos, torch.cat((whole[0][:4], whole[0][:6])))
+packed = Rope.from_cu_seqlens(V3, to_cu_seqlens([4, 6]))
+assert torch.equal(packed.cos, torch.cat((whole[0][:4], whole[0][:6])))
 
 # %% [markdown]
 # ## A trap: when is YaRN on?
