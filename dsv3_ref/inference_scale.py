@@ -30,10 +30,11 @@ class DeploymentUnit(NamedTuple):
     gpus: int
     tp: int  # GPUs that share the heads of a group's sequences
     experts_per_gpu: float  # redundant ones included
-    direct_ib: bool = False  # one hop over IB; the shared expert counts as a chosen one
+    direct_ib: bool = False  # one hop over IB
     ib_efficiency: float = 0.8  # fraction of IB's rate that the direct all-to-all achieves
     latency_s: float = 10e-6  # added to each direction of a direct all-to-all
     gpus_per_node: int = 8
+    shared_is_routed: bool = False  # the shared expert is on GPUs of its own, and tokens go there
 
 
 def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
@@ -44,7 +45,7 @@ def deployment_units(config: Config) -> dict[str, DeploymentUnit]:
     e = config.n_routed_experts
     return {
         "prefill": DeploymentUnit(32, 4, e / 32 + 1),
-        "decode": DeploymentUnit(ceil_div(e * 5, 4), 4, 1, True),
+        "decode": DeploymentUnit(ceil_div(e * 5, 4), 4, 1, True, shared_is_routed=True),
     }
 
 
@@ -80,7 +81,7 @@ def mlp_time(
     overheads: Overheads,
 ) -> float:  # fmt: skip
     """Return the seconds of a block's MLP for a GPU's tokens: gate, experts, memory traffic."""
-    if unit.direct_ib and not dense:
+    if unit.shared_is_routed and not dense:
         chosen = config.n_activated_experts + config.n_shared_experts
         config = replace(config, n_activated_experts=chosen, n_shared_experts=0)
     seconds = 0.0
@@ -101,7 +102,8 @@ def all_to_all_time(
     if not unit.direct_ib:
         copies = dispatch_copies(config, unit.gpus, unit.gpus_per_node)
         return overheads.load_imbalance * tokens * max(link_seconds(rates, copies, row_bytes))
-    rows = tokens * (config.n_activated_experts + config.n_shared_experts) * (1 - 1 / unit.gpus)
+    chosen = config.n_activated_experts + unit.shared_is_routed * config.n_shared_experts
+    rows = tokens * chosen * (1 - 1 / unit.gpus)
     sent = overheads.load_imbalance * rows * row_bytes
     return sent / (unit.ib_efficiency * rates.ib) + 2 * unit.latency_s
 
@@ -203,7 +205,7 @@ def weight_bytes(config: Config, unit: DeploymentUnit, precision: str = "fp8") -
     shared = sum(size.get(name, 0) for name in ("wq_a", "wkv_a"))
     num_moe = config.n_layers - config.n_dense_layers
     expert = 3 * config.dim * config.moe_inter_dim
-    experts = unit.experts_per_gpu + (0 if unit.direct_ib else config.n_shared_experts)
+    experts = unit.experts_per_gpu + (0 if unit.shared_is_routed else config.n_shared_experts)
     matrices = config.n_layers * (per_head / unit.tp + shared)
     matrices += config.n_dense_layers * 3 * config.dim * config.inter_dim
     matrices += num_moe * experts * expert

@@ -274,7 +274,7 @@ def test_a_row_is_sent_to_each_of_nine_experts_over_ib():
     got = all_to_all_time(V3, H800, DECODE._replace(latency_s=0, ib_efficiency=1), n, balanced)
     assert got == pytest.approx(n * 9 * 319 / 320 * (7456 + 14_336) / 50e9)
     # DeepEP: 128 tokens to 8 of 256 ranks take 194 + 360 µs
-    deep_ep = all_to_all_time(replace(V3, n_shared_experts=0), H800, DECODE, 128, balanced)
+    deep_ep = all_to_all_time(V3, H800, DECODE._replace(shared_is_routed=False), 128, balanced)
     assert deep_ep == pytest.approx(554e-6, rel=0.1)
 
 
