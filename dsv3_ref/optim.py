@@ -128,6 +128,7 @@ def adamw_update(
 
 
 CPU_CHUNK_NUMEL = 1 << 18  # elements updated at a time on a CPU: their fp32 copies fit in its cache
+CHUNK_NUMEL = 1 << 26  # elsewhere: half a gigabyte of copies, not 15 GB for the experts of a layer
 
 
 class AdamW(torch.optim.Optimizer):
@@ -178,7 +179,7 @@ class AdamW(torch.optim.Optimizer):
         step.add_(1)
         beta1, beta2 = group["betas"]
         options = {k: group[k] for k in ("lr", "weight_decay", "eps")}
-        size = CPU_CHUNK_NUMEL if param.device.type == "cpu" else param.numel()
+        size = CPU_CHUNK_NUMEL if param.device.type == "cpu" else CHUNK_NUMEL
         flat = (x.view(-1).split(size) for x in (w, param.grad.contiguous(), exp_avg, exp_avg_sq))
         for w_x, g_x, *stored in zip(*flat):
             m_x, v_x = (x.to(w.dtype) for x in stored)
