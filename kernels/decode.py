@@ -18,6 +18,7 @@ from dsv3_ref.kernels.launch import (
     FP32,
     INT32,
     AOTCase,
+    autotune_bucket,
     check_tensor,
     kernel_config,
     num_sms,
@@ -177,13 +178,13 @@ def prune_decode_configs(
         kernel_config(8, BLOCK_M=64, BLOCK_T=32, STAGES=3),
         kernel_config(8, BLOCK_M=16, BLOCK_T=16, STAGES=1),
     ],
-    key=["rows", "PAGE", "C", "R"],
+    key=["rows", "PAGE", "C", "R", "bucket"],
     prune_configs_by={"early_config_prune": prune_decode_configs},
 )
-@triton.jit
+@triton.jit(do_not_specialize=["b", "stride_table", "bucket"])
 def _mla_decode_split_kv_kernel(
     q_c_ptr, q_r_ptr, c_ptr, r_ptr, table_ptr, length_ptr, o_ptr, partial_o_ptr, lse_ptr,
-    scale, b, rows, h, stride_table, page_c, page_r, qc_b, qc_s, qc_h, qr_b, qr_s, qr_h,
+    scale, b, rows, h, stride_table, page_c, page_r, qc_b, qc_s, qc_h, qr_b, qr_s, qr_h, bucket,
     PAGE: tl.constexpr, KEY_C: tl.constexpr, KEY_R: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
@@ -241,7 +242,7 @@ def _mla_decode_split_kv_kernel(
     [kernel_config(4, ROWS=rows, GROUP=group) for rows, group in ((1, 16), (4, 4), (8, 2))],
     key=["C", "BLOCK_B", "max_splits"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def _combine_splits_kernel(
     partial_o_ptr, lse_ptr, length_ptr, o_ptr, b, rows, max_splits,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -306,6 +307,7 @@ def mla_decode(
         q_bshc, q_bshr, c_pyc, r_pyr, block_table_bp, cache_seqlens_b, o_bshc, partial_o_xc, lse_x,
         scale * LOG2_E, b, rows, h, block_table_bp.stride(0), c_pyc.stride(0), r_pyr.stride(0),
         *q_bshc.stride()[:3], *q_bshr.stride()[:3],
+        autotune_bucket(b * block_table_bp.shape[1] * c_pyc.shape[1]),  # of the keys, at most
         PAGE=c_pyc.shape[1] if block_table_bp.shape[1] > 1 else 0,
         KEY_C=c_pyc.stride(1), KEY_R=r_pyr.stride(1), C=c, R=r, BLOCK_C=block_c, BLOCK_R=block_r,
         BLOCK_B=block_b, PRECISION="ieee" if q_bshc.dtype == FP32 else "tf32",
@@ -413,7 +415,7 @@ def aot_case(
     meta: dict[str, int | str] = {"C": 512, "R": 64, "BLOCK_C": 512, "BLOCK_R": 64, "BLOCK_B": 128}
     meta |= {"PAGE": page, "KEY_C": 576, "KEY_R": 576}
     meta["PRECISION"] = "ieee" if dtype == FP32 else "tf32"
-    args = *pointers, 0.1, 128, s * h, h, *strides
+    args = *pointers, 0.1, 128, s * h, h, *strides, autotune_bucket(128 * 4096)
     return AOTCase(name, _mla_decode_split_kv_kernel, args, meta, "bf16" if dtype == BF16 else "")
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dsv3_ref.kernels import gemm, launch
+from dsv3_ref.kernels import attention, decode, gemm, launch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dsv3_ref import ops
@@ -88,3 +88,26 @@ def test_on_cuda_an_op_with_a_kernel_uses_it():
             assert ops.resolve_impl(name, "cuda") is impls[backend], name
         without = {name for name, impls in ops.IMPLS.items() if "triton" not in impls}
     assert without == WITHOUT_KERNEL
+
+
+CHANGING = {  # from batch to batch, with every length and stride that follows from them
+    "_mla_decode_split_kv_kernel": {"b", "stride_table", "bucket"},
+    "_combine_splits_kernel": {"b"},
+    "_attention_kernel": {"b", "s", "t", "stride", "bucket"},
+    "_attention_dq_kernel": {"b", "s", "t", "stride", "bucket"},
+    "_attention_dkdv_kernel": {"b", "s", "t", "bucket"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_no_kernel_is_compiled_again_for_a_multiple_of_16(name):
+    kernel = getattr(attention, name, None) or getattr(decode, name)
+    options = kernel.fn.kwargs if hasattr(kernel.fn, "kwargs") else vars(kernel.fn)  # interpreted
+    assert CHANGING[name] <= {*options["do_not_specialize"]} & {*kernel.fn.arg_names}
+
+
+def test_decoding_is_tuned_for_the_number_of_keys():
+    """A split of one short sequence is not that of 128 long ones."""
+    few, many = (launch.autotune_bucket(b * t) for b, t in ((1, 1024), (128, 131_072)))
+    assert few != many
+    assert "bucket" in decode._mla_decode_split_kv_kernel.keys
