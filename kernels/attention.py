@@ -136,7 +136,7 @@ def autotune_attention(*configs: triton.Config) -> AutotuneDecorator:
 
 
 # Arguments that change from batch to batch: no kernel is compiled again for a multiple of 16.
-LENGTHS = ["stride", "b", "s", "t", "bucket"]
+CHANGING_ARGS = ["stride", "b", "s", "t", "bucket"]
 
 # ── Forward ──
 
@@ -147,7 +147,7 @@ LENGTHS = ["stride", "b", "s", "t", "bucket"]
     attention_config(128, 64, 8, 3, 9, 10),
     attention_config(128, 128, 8, 2, 9, 10),
 )
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=CHANGING_ARGS)
 def _attention_kernel(
     q0_a_desc, q1_a_desc, k0_desc, k1_desc, v_desc, o_ptr, lse_ptr, stride,
     cu_seqlens_ptr, b, s, t, scale, bucket,
@@ -201,7 +201,7 @@ def _attention_kernel(
     attention_config(128, 64, 4, 2, 10),
     attention_config(128, 32, 8, 3, 10),
 )
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=CHANGING_ARGS)
 def _attention_dq_kernel(
     q0_a_desc, q1_a_desc, k0_desc, k1_desc, v_desc, g_desc, o_desc, dq_ptr, lse_ptr, delta_ptr,
     stride, cu_seqlens_ptr, b, s, t, scale, bucket,
@@ -258,7 +258,7 @@ def _attention_dq_kernel(
     attention_config(32, 64, 4, 3, 10),
     attention_config(64, 64, 4, 2, 10),
 )
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=CHANGING_ARGS)
 def _attention_dkdv_kernel(
     q0_desc, q1_desc, k0_desc, k1_desc, v_desc, g_desc, lse_desc, delta_desc, dk_ptr, dv_ptr,
     cu_seqlens_ptr, b, s, t, scale, bucket,

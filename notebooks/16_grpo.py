@@ -49,11 +49,17 @@ squares = {"reward": [], "− mean": [], "− mean, / std (eq. 28)": []}
 for p in solved:
     r_xg = (torch.rand(4000, G) < p).float()
     centered = r_xg - r_xg.mean(1, keepdim=True)
-    for values, factor in zip(squares.values(), (r_xg, centered, centered / (r_xg.std(1, keepdim=True) + 1e-4))):
+    for values, factor in zip(
+        squares.values(), (r_xg, centered, centered / (r_xg.std(1, keepdim=True) + 1e-4))
+    ):
         values.append(factor.square().mean().item())
-wanted = (solved, solved * (1 - solved) * (1 - 1 / G), (1 - 1 / G) * (1 - solved**G - (1 - solved) ** G))
+formulas = (
+    solved,
+    solved * (1 - solved) * (1 - 1 / G),
+    (1 - 1 / G) * (1 - solved**G - (1 - solved) ** G),
+)
 fig, ax = figure(1, 1, 8, 2.6)
-for (name, values), formula, color in zip(squares.items(), wanted, (GRAY, GREEN, BLUE)):
+for (name, values), formula, color in zip(squares.items(), formulas, (GRAY, GREEN, BLUE)):
     ax.plot(solved, values, color=color, label=name)
     ax.plot(solved, formula, ":", color="black", lw=1)
     assert (torch.tensor(values) - formula).abs().max() < 0.03
@@ -347,7 +353,9 @@ forward = gradient((logp_w.exp() * (logp_w - ref_logp_w)).sum())  # KL(π ‖ π
 reverse = gradient((ref_logp_w.exp() * (ref_logp_w - logp_w)).sum())  # KL(π_ref ‖ π)
 for mean_w, expected in zip(means, (torch.zeros(40), forward, reverse)):
     assert torch.allclose(mean_w, expected.double(), atol=1e-12)
-print(f"k₃'s gradient and that of KL(π ‖ π_ref): cosine {F.cosine_similarity(means[2], forward, 0):.2f}")
+print(
+    f"k₃'s gradient and that of KL(π ‖ π_ref): cosine {F.cosine_similarity(means[2], forward, 0):.2f}"
+)
 
 # %% [markdown]
 # ## The objective
@@ -646,8 +654,8 @@ for (name, points), color in zip(sorted(domains.items()), COLORS):
     steps, reward = (torch.tensor(x, dtype=torch.double) for x in zip(*points))
     smoothed = torch.stack([reward[max(0, i - 3) : i + 4].mean() for i in range(len(reward))])
     axes[1].plot(steps, smoothed, color=color, label=name)
-asked = FOUND["distillation"]["both forms, asked to think"]["greedy"]
-axes[0].axhline(asked, color="black", lw=1, ls=":", label="before RL, asked to think")
+accuracy_if_asked = FOUND["distillation"]["both forms, asked to think"]["greedy"]
+axes[0].axhline(accuracy_if_asked, color="black", lw=1, ls=":", label="before RL, asked to think")
 axes[0].set(xlabel="step", ylabel="accuracy", ylim=(0, 1), title="200 held-out sums")
 axes[1].set(xlabel="step", ylabel="mean reward", ylim=(-0.03, 1), title="Reward by domain, seed 0")
 axes[0].legend(fontsize=7)
