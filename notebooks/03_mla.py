@@ -71,7 +71,7 @@ draw_cache()
 # a latent of their own, which saves activation memory in training, not cache. Both latents pass an
 # extra RMSNorm (§4.2).
 #
-# ![Data flow of MLA: x to query latent to heads; x to key-value latent and rotary key, through the cache, to heads](../figures/03_mla.svg)
+# ![Data flow of MLA: x to query latent to content and rotary query; x to latent and rotary key, which are cached; two panels show attention with expanded keys and values of every head, and absorbed, with the latent as the one key and value of all heads](../figures/03_mla.svg)
 #
 # | report | parameter here | V3's shape |
 # |---|---|---|
