@@ -210,6 +210,7 @@ def round_e5m6(x: Tensor) -> Tensor:
     return ((x / step).round() * step).clamp(-E5M6_MAX, E5M6_MAX)
 
 
+@op
 def e5m6_quant(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize (…, k) in tiles of 1 × 128 to 12 bits with power-of-two scales (§3.3.3).
 
@@ -231,6 +232,7 @@ def e5m6_dequant(packed: Tensor, s: Tensor, k: int) -> Tensor:
     return value_zt.flatten(-2)[..., :k]
 
 
+@op
 def e5m6_restore(packed: Tensor, s: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Dequantize the bytes of `e5m6_quant` to a contiguous tensor of a dtype, (…, k)."""
     return e5m6_dequant(packed, s, k).to(dtype).contiguous()

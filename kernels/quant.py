@@ -155,6 +155,86 @@ def act_quant(x: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     return q, s
 
 
+# ── Twelve bits for the input of attention's output matrix ──
+
+# of an amax: E5M6 reaches 65,024 where E4M3 reaches 448
+E5M6_PER_E4M3 = tl.constexpr(fp8.E4M3_MAX / fp8.E5M6_MAX)
+
+
+@triton.jit
+def e5m6_code(y):
+    """Return the 12 bits of y, rounded to nearest even: half precision without its last four.
+
+    y + c lies where fp32 numbers are as far apart as E5M6's are at y, so the sum rounds as E5M6.
+    """
+    exponent = tl.maximum(float_bits(y) >> 23 & 0xFF, 113)  # 2⁻¹⁴, the smallest normal number
+    c = float_from_bits((exponent + 17 << 23) | 0x400000)
+    rounded = tl.minimum(tl.maximum((y + c) - c, -65024.0), 65024.0)
+    # adding c drops the sign of −0 and of what rounds to it
+    code = rounded.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4 & 0xFFF
+    return code | (float_bits(y) >> 31 & 1) << 11
+
+
+@triton.autotune(TILE_CONFIGS, key=["k"])
+@triton.jit
+def _e5m6_quant_kernel(x_ptr, packed_ptr, s_ptr, n, k, stride, BLOCK_N: tl.constexpr):
+    """Quantize tiles: s = 2^⌈log2 max|x| / 65,024⌉, and two codes of x / s in three bytes."""
+    t, row, col, mask = locate_tiles(n, k, BLOCK_N)
+    x = tl.load(x_ptr + row * stride + col, mask=mask, other=0.0).to(tl.float32)
+    s = e4m3_scale(tl.max(tl.abs(x), 1) * E5M6_PER_E4M3, True)
+    code = e5m6_code(x * float_from_bits(0x7F000000 - float_bits(s))[:, None])
+    a, b = tl.split(tl.reshape(code, (BLOCK_N, 64, 2)))
+    place = packed_ptr + t.to(tl.int64)[:, None] * 192 + 3 * tl.arange(0, 64)[None, :]
+    exists = (t < n * tl.cdiv(k, 128))[:, None]
+    tl.store(place, (a >> 4).to(tl.uint8), mask=exists)
+    tl.store(place + 1, ((a & 15) << 4 | b >> 8).to(tl.uint8), mask=exists)
+    tl.store(place + 2, (b & 255).to(tl.uint8), mask=exists)
+    tl.store(s_ptr + t, s, mask=t < n * tl.cdiv(k, 128))
+
+
+@triton.autotune(TILE_CONFIGS, key=["k"])
+@triton.jit
+def _e5m6_restore_kernel(packed_ptr, s_ptr, x_ptr, n, k, BLOCK_N: tl.constexpr):
+    """Compute x = s · value of each code."""
+    t, row, col, mask = locate_tiles(n, k, BLOCK_N)
+    exists = t < n * tl.cdiv(k, 128)
+    place = packed_ptr + t.to(tl.int64)[:, None] * 192 + 3 * tl.arange(0, 64)[None, :]
+    first = tl.load(place, mask=exists[:, None], other=0).to(tl.int32)
+    middle = tl.load(place + 1, mask=exists[:, None], other=0).to(tl.int32)
+    last = tl.load(place + 2, mask=exists[:, None], other=0).to(tl.int32)
+    code = tl.join(first << 4 | middle >> 4, (middle & 15) << 8 | last)
+    half = (tl.reshape(code, (BLOCK_N, 128)) << 4).to(tl.int16).to(tl.float16, bitcast=True)
+    x = half.to(tl.float32) * tl.load(s_ptr + t, mask=exists, other=0.0)[:, None]
+    tl.store(x_ptr + row * k + col, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@impl("e5m6_quant", "triton")
+@on_its_device
+def e5m6_quant(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize (…, k) in tiles of 1 × 128 to 12 bits: bytes (…, z, 192), scales (…, z) (§3.3.3)."""
+    check_tensor("x", x, dtypes=FLOATS, contiguous=False)
+    s = x.new_empty((*x.shape[:-1], num_blocks(x.shape[-1])), dtype=FP32)
+    packed = torch.empty((*s.shape, 192), dtype=torch.uint8, device=x.device)
+    if x.numel():
+        x_nk = as_rows(x)
+        grid = cdiv_grid(s.numel(), "BLOCK_N")
+        _e5m6_quant_kernel[grid](x_nk, packed, s, *x_nk.shape, x_nk.stride(0))
+    return packed, s
+
+
+@impl("e5m6_restore", "triton")
+@on_its_device
+def e5m6_restore(packed: Tensor, s: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Dequantize the bytes of `e5m6_quant` to a contiguous tensor of a dtype, (…, k)."""
+    check_tensor("s", s, (*s.shape[:-1], num_blocks(k)), (FP32,))
+    check_tensor("packed", packed, (*s.shape, 192), (torch.uint8,))
+    x = torch.empty((*s.shape[:-1], k), dtype=dtype, device=packed.device)
+    if x.numel():
+        grid = cdiv_grid(s.numel(), "BLOCK_N")
+        _e5m6_restore_kernel[grid](packed, s, x, x.numel() // k, k)
+    return x
+
+
 # ── Blocks of 128 × 128 ──
 
 
@@ -559,6 +639,11 @@ def forward_cases() -> Iterator[AOTCase]:
         for name, dtype in INPUT_DTYPES.items():
             act = dtype, *QUANTIZED_PTRS, 4096, 7168, 7168
             yield AOTCase(f"act_quant_{name}{suffix}", _act_quant_kernel, act, meta)
+            if meta["USE_UE8M0"]:
+                twelve = dtype, torch.uint8, FP32, 4096, 16384, 16384
+                yield AOTCase(f"e5m6_quant_{name}", _e5m6_quant_kernel, twelve)
+                restored = torch.uint8, FP32, dtype, 4096, 16384
+                yield AOTCase(f"e5m6_restore_{name}", _e5m6_restore_kernel, restored)
             weight = dtype, *QUANTIZED_PTRS, 2048, 7168
             yield AOTCase(f"weight_quant_{name}{suffix}", _weight_quant_kernel, weight, meta)
             norm = dtype, FP32, dtype, *QUANTIZED_PTRS, FP32, 7168, 7168, 1e-6

@@ -10,7 +10,7 @@ from dsv3_ref.kernels.bench.calls import (
     vs_torch,
 )
 from dsv3_ref.kernels.bench.case import COPY_GOAL, Calls, Case, Sizes
-from dsv3_ref.kernels.launch import FP32, dtype_name, num_blocks
+from dsv3_ref.kernels.launch import BF16, FP32, dtype_name, num_blocks
 from torch import Tensor
 
 from dsv3_ref import fp8, moe, ops
@@ -29,6 +29,28 @@ def case_act_quant(m: int, k: int) -> Case:
 
     num_bytes = 3 * m * k + 4 * m * num_blocks(k)
     return Case("act_quant", {"m": m, "k": k}, make, num_bytes, goals=COPY_GOAL)
+
+
+def case_e5m6_quant(m: int, k: int) -> Case:
+    """Return the case of m rows in tiles of 1 × 128 of 12 bits."""
+
+    def make() -> Calls:
+        x = randn(m, k)
+        return vs_torch(lambda: fp8.e5m6_quant(x))
+
+    num_bytes = 2 * m * k + 196 * m * num_blocks(k)
+    return Case("e5m6_quant", {"m": m, "k": k}, make, num_bytes, goals=COPY_GOAL)
+
+
+def case_e5m6_restore(m: int, k: int) -> Case:
+    """Return the case of m rows from 12 bits to bf16."""
+
+    def make() -> Calls:
+        packed, s = fp8.e5m6_quant(randn(m, k))
+        return vs_torch(lambda: fp8.e5m6_restore(packed, s, k, BF16))
+
+    num_bytes = 2 * m * k + 196 * m * num_blocks(k)
+    return Case("e5m6_restore", {"m": m, "k": k}, make, num_bytes, goals=COPY_GOAL)
 
 
 def case_weight_quant(o: int, i: int, dtype: torch.dtype) -> Case:

@@ -36,6 +36,8 @@ from dsv3_ref.kernels.bench.memory_bound_cases import (
     case_act_quant,
     case_act_quant_transposed,
     case_apply_rotary_emb,
+    case_e5m6_quant,
+    case_e5m6_restore,
     case_group_limited_topk,
     case_permute,
     case_permute_backward,
@@ -127,6 +129,7 @@ def memory_bound_cases(shrink: Shrink) -> list[Case]:
     permutations = case_permute, case_permute_backward, case_unpermute, case_unpermute_backward
     return [
         *for_sizes([(n, d), (n, wide_d), (m, d), (m, f)], case_act_quant),
+        *for_sizes([(n, wide_d)], case_e5m6_quant, case_e5m6_restore),
         case_weight_quant(d, wide_d, FP32),
         case_weight_quant(d, wide_d, BF16),
         *for_sizes([(1, n, d), (e, m, d), (e, m, f)], case_act_quant_transposed),

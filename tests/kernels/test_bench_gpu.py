@@ -97,6 +97,8 @@ def test_only_selects_cases_and_rejects_unknown_names(capsys):
         (matmul_cases.case_grouped_linear_backward(2, 4, 6, 10, False), 2 * (24 + 240 + 80), 960),
         (matmul_cases.case_fp8_grouped_wgrad(2, 256, 6, 10, False), 2 * 132 * 16 + 480, 30_720),
         (memory_bound_cases.case_act_quant(2, 130), 520 + 260 + 16, 0),
+        (memory_bound_cases.case_e5m6_quant(2, 130), 520 + 2 * 2 * 196, 0),
+        (memory_bound_cases.case_e5m6_restore(2, 130), 520 + 2 * 2 * 196, 0),
         (memory_bound_cases.case_weight_quant(130, 10, torch.float32), 5200 + 1300 + 8, 0),
         (memory_bound_cases.case_act_quant_transposed(1, 130, 10), 2600 + 2560 + 80, 0),
         (

@@ -112,6 +112,39 @@ def test_infinity_and_nan_stay_non_finite(bad, dtype):
         assert value[0].isfinite().all() and not value[1, 130].isfinite()
 
 
+# ── Twelve bits ──
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    "shape", [(5, 576), (2, 3, 128), (1, 1), (33, 300), (130,), (0, 64)], ids=str
+)
+def test_e5m6(shape, dtype):
+    x = random_input(*shape, dtype=dtype)
+    assert_same(*run_both("e5m6_quant", x))
+    packed, s = IMPLS["e5m6_quant"]["torch"](x)
+    for to in FLOATS:
+        assert_same(*([y] for y in run_both("e5m6_restore", packed, s, shape[-1], to)))
+
+
+def test_every_code_of_e5m6_and_every_number_halfway_between_two():
+    code = torch.arange(0, 31 * 1024, 16, dtype=torch.int16).view(torch.float16).float()
+    half = (code[1:] + code[:-1]) / 2
+    numbers = torch.cat([code, half, half.nextafter(code[1:]), half.nextafter(code[:-1])])
+    numbers = torch.cat([numbers, -numbers])
+    x = torch.nn.functional.pad(numbers, (0, -len(numbers) % 127)).view(-1, 127)
+    x = torch.nn.functional.pad(x, (0, 1), value=65_024.0)  # a scale of 1 in every tile
+    x = torch.cat([x * scale for scale in (1.0, 2.0**-90, 2.0**90)]).to(DEVICE)
+    got, want = run_both("e5m6_quant", x)
+    assert_same(got, want)
+    assert_same(*([y] for y in run_both("e5m6_restore", *want, 128, torch.float32)))
+
+
+def test_e5m6_of_rows_that_are_slices():
+    x = random_input(6, 600, dtype=torch.bfloat16)
+    assert_same(*run_both("e5m6_quant", x[:, 16:400]))
+
+
 # ── Blocks of 128 × 128 ──
 
 
@@ -258,6 +291,9 @@ def invalid_calls() -> list:
     return [
         ("act_quant", (half,), f"x must be {dtypes}"),
         ("act_quant", (x.T,), "x must have a last stride of 1, not 128"),
+        ("e5m6_quant", (half,), f"x must be {dtypes}"),
+        ("e5m6_restore", (q, s, 128, torch.float32), "packed must be uint8, not float8_e4m3fn"),
+        ("e5m6_restore", (q, s, 129, torch.float32), "s must have shape (4, 2), not (4, 1)"),
         ("weight_quant", (half,), f"w must be {dtypes}"),
         ("weight_quant", (torch.zeros(4, 256)[:, :128],), "w must be contiguous"),
         ("act_quant_transposed", (x[None],), "x_mk must have shape (any, any), not (1, 4, 128)"),
