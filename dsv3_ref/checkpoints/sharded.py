@@ -159,7 +159,13 @@ def gather_results(make: Callable[[], Made], group: Any = None) -> list[Made]:
         if is_damage:
             raise DamageError(text)  # another checkpoint may be whole
         raise UserError(text) if is_first else SystemExit(2)
-    values: list[Any] | None = [None] * len(errors) if is_first else None
+    return gather_on_first(value, group)
+
+
+def gather_on_first(value: Any, group: Any = None) -> list[Any]:
+    """Return the values of all ranks of a group on its first one, and [] on the others."""
+    is_first = dist.get_rank(group) == 0
+    values: list[Any] | None = [None] * dist.get_world_size(group) if is_first else None
     dist.gather_object(value, values, dist.get_global_rank(group, 0) if group else 0, group)
     return values or []
 

@@ -49,10 +49,17 @@ def any_rank_should_stop(signals: list[int], device: torch.device) -> bool:
 
     A rank without its own signal appends the largest one of the others to its list.
     """
-    signal = largest_on_ranks(max(signals, default=0), device)
-    if signal and not signals:
-        signals.append(signal)
-    return bool(signal)
+    return append_signal(signals, largest_on_ranks(max(signals, default=0), device))
+
+
+def append_signal(signals: list[int], largest: int) -> bool:
+    """Append the largest signal of all ranks unless this one has its own; return whether one has.
+
+    largest: 0 if no rank has received a signal.
+    """
+    if largest and not signals:
+        signals.append(largest)
+    return bool(largest)
 
 
 def largest_on_ranks(value: int, device: torch.device) -> int:

@@ -22,6 +22,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.bucket import Precision
 from dsv3_ref.parallel.data_parallel import (
+    append_signal,
     broadcast_object_from_rank0,
     call_on_ranks,
     find_damage_on_ranks,
@@ -299,9 +300,7 @@ class MeshParallel:
         if largest == READER_FAILED:
             call_on_ranks(self.raise_failure)
         self.rows_are_ready = True
-        if largest and not signals:
-            signals.append(largest)
-        return bool(largest)
+        return append_signal(signals, largest)
 
     def barrier(self) -> None:
         """Wait until every rank has reached this call."""

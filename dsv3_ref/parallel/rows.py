@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_ref.checkpoints.sharded import gather_on_first
 from dsv3_ref.data.streams import part_bounds
 from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.task import RowLoader
@@ -100,9 +101,7 @@ class PrefetchingLoader:
         A collective call: a stream is known to those ranks that read it.
         """
         own = self.snapshot()
-        is_first = dist.get_rank(self.group) == 0
-        states: list[Any] | None = [None] * dist.get_world_size(self.group) if is_first else None
-        dist.gather_object(own, states, 0, self.group)
+        states = gather_on_first(own, self.group)
         return self.loader.merge_states(states) if states else own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
