@@ -85,7 +85,7 @@ def completion_path(
     schema = object_schema(fields, required)
     post = body_operation(f"At most {max_body_bytes} bytes", response, schema)
     event = object_of(data=TEXT)
-    post["responses"]["200"]["content"]["text/event-stream"] = {"schema": TEXT, "itemSchema": event}
+    post["responses"]["200"]["content"]["text/event-stream"] = {"itemSchema": event}
     return {"post": post}
 
 

@@ -26,6 +26,24 @@ def description(folder):
         assert httpx.get(f"{base}/health").json() == {"status": "ready"}
 
 
+STREAMS = {
+    "/v1/completions": {"prompt": "a", "max_tokens": 3},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", STREAMS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_stream_and_a_whole_answer_are_described(description, path, stream):
+    """Whether random requests below stream, and are answered, depends on what is drawn."""
+    case = description[path]["POST"].Case(body=STREAMS[path] | {"stream": stream})
+    response = case.call_and_validate(timeout=60)
+    kind = "text/event-stream" if stream else "application/json"
+    assert response.status_code == 200
+    assert response.headers["content-type"][0].startswith(kind)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("path, method", OPERATIONS)
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
