@@ -66,7 +66,7 @@ for (name, values), formula, color in zip(squares.items(), formulas, (GRAY, GREE
     print(f"{name:24} p = 0.1: {values[2]:.2f}   p = 0.9: {values[-3]:.2f}")
 ax.set(xlabel="probability p that an answer is right", ylabel="mean square", ylim=(0, 1.05),
        title="Factor on ∇ log π of a group of 16; dotted: formulas")  # fmt: skip
-ax.legend(fontsize=8)
+ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 show(fig)
 
 # %% [markdown]
