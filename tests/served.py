@@ -1,11 +1,14 @@
 """`dsv3 serve` in a thread of this process, over real HTTP."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dsv3_ref.serving import api_server
+import openai
+import pytest
+
+from dsv3_ref.serving import api_server, output_processor
 from dsv3_ref.serving.network import bind_socket
 from dsv3_ref.serving.service import Service
 
@@ -24,3 +27,29 @@ def served(folder, **options: Any) -> Iterator[tuple[str, Service]]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def served_saying(
+    folder, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Callable[[str], openai.OpenAI], str, Service]]:
+    """Yield (say, address, service) of a server whose model writes the text given to `say`.
+
+    It writes seven characters at a time; `say` returns a client.
+    """
+    pieces: list[str] = []
+    push_tokens = output_processor.StreamDetokenizer.push
+
+    def push(self, tokens):
+        push_tokens(self, tokens)
+        return pieces.pop(0) if pieces else ""
+
+    monkeypatch.setattr(output_processor.StreamDetokenizer, "push", push)
+    monkeypatch.setattr(output_processor.StreamDetokenizer, "flush", lambda self: "")
+    with served(folder) as (base, service):
+
+        def say(text: str) -> openai.OpenAI:
+            pieces[:] = [text[i : i + 7] for i in range(0, len(text), 7)]
+            return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+
+        yield say, base, service

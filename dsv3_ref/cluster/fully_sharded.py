@@ -1,4 +1,4 @@
-"""What a rank holds with --fully-shard, by kind, in bytes (chapter 17).
+"""Plan the memory of a rank with --fully-shard, in bytes by kind (chapter 17).
 
 The slices of masters, gradients and moments last from step to step. A micro-batch adds activations,
 and the weights and gradients of the blocks that are being computed.

@@ -1,4 +1,4 @@
-"""Where and how kernels are launched: the device, the multiprocessors, the backend of each op."""
+"""Launches of kernels: the device, the number of multiprocessors, the backend of each op."""
 
 import interpreter  # isort: skip  # noqa: F401  first: makes Triton's interpreter round as a GPU does
 from types import SimpleNamespace
@@ -81,7 +81,7 @@ def test_warp_specialization_can_be_switched_off(is_used, monkeypatch):
 
 
 def test_on_cuda_an_op_with_a_kernel_uses_it():
-    """Nothing falls back silently: `auto` on CUDA is Triton, and torch where there is no kernel."""
+    """On CUDA, `auto` is Triton where an op has a kernel, and torch where it has none."""
     with ops.use("auto"):
         for name, impls in ops.IMPLS.items():
             backend = "triton" if "triton" in impls else "torch"

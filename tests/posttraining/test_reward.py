@@ -115,7 +115,7 @@ def test_a_batch_is_cut_into_micro_batches_of_so_many_pairs():
 
 
 def test_held_out_pairs_are_ranked_and_calibrated(monkeypatch):
-    """Of four pairs, three are ranked as labeled."""
+    """The scores rank three of the four pairs as labeled."""
     task = task_of()
     rewards = torch.tensor([2.0, 0.0, 1.0, 0.5, 0.0, 3.0, 0.25, 0.0])
     monkeypatch.setattr(task, "score_held_out", lambda run: rewards)

@@ -199,7 +199,7 @@ def test_a_stop_text_of_a_task_ends_no_thoughts(policy, text, answer):
         found = "".join(reader.push([token]) for token in policy.chat.encode(said))
         assert found + reader.flush() == answer
         assert reader.ended is ("4" in text)
-    reader = AnswerReader(policy.tokenizer, ("\n\n",), None)  # a text that is no conversation
+    reader = AnswerReader(policy.tokenizer, ("\n\n",), None)  # a text, not a conversation
     reader.push(policy.chat.encode(text))
     assert reader.ended is ("\n\n" in text)
 

@@ -4,12 +4,12 @@ import json
 from itertools import chain
 
 import httpx
-import openai
 import pytest
 from chat_forms import EOS, FORMS, form_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_family_end_to_end import write_model
+from served import served_saying
 from test_serve import served
 
 from dsv3_ref.config import UserError
@@ -18,7 +18,6 @@ from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.conversations import read_conversations
 from dsv3_ref.data.messages import normalize_messages
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
-from dsv3_ref.serving import output_processor
 from dsv3_ref.serving.thoughts import ThoughtParser
 from dsv3_ref.serving.tool_calls import FORMS as MARKS
 from dsv3_ref.serving.tool_calls import AnswerParser
@@ -88,21 +87,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def speaking(home, monkeypatch):
     """Return a server whose model says a text, piece by piece."""
-    said: list[str] = []
-    real = output_processor.StreamDetokenizer.push
-
-    def push(self, tokens):
-        real(self, tokens)
-        return said.pop(0) if said else ""
-
-    monkeypatch.setattr(output_processor.StreamDetokenizer, "push", push)
-    monkeypatch.setattr(output_processor.StreamDetokenizer, "flush", lambda self: "")
-    with served(home) as (base, _):
-
-        def say(text: str) -> openai.OpenAI:
-            said[:] = [text[i : i + 7] for i in range(0, len(text), 7)]
-            return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
-
+    with served_saying(home, monkeypatch) as (say, _, _):
         yield say
 
 
@@ -142,7 +127,7 @@ def test_thoughts_are_reasoning_content_where_a_client_wants_them_so(speaking, h
     assert "".join(thoughts) == "so"
     assert "".join(delta.content or "" for delta in deltas) == "2"
     assert not any(x and delta.content for x, delta in zip(thoughts, deltas))  # as its docs read it
-    with speaking("so it") as client:  # cut off: there is no answer yet
+    with speaking("so it") as client:  # ends before </think>
         choice = client.chat.completions.create(**body).choices[0]
     assert (choice.message.reasoning_content, choice.message.content) == ("so it", "")
     assert choice.finish_reason == "length"

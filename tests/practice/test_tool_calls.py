@@ -6,12 +6,12 @@ from itertools import chain
 
 import datasets
 import httpx
-import openai
 import pytest
 import torch
 from chat_forms import FORMS, LOOP, TOOLS, V31, ChatForm, form_tokenizer, write_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import served_saying
 from test_serve import served
 
 from dsv3_ref.checkpoints.native import save
@@ -22,7 +22,6 @@ from dsv3_ref.data.row_formats import parse_conversation
 from dsv3_ref.data.tokenizer import vocab_size
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
 from dsv3_ref.model import Transformer
-from dsv3_ref.serving import output_processor
 from dsv3_ref.serving.tool_calls import FORMS as MARKS
 from dsv3_ref.serving.tool_calls import AnswerParser, find_call_marks
 
@@ -124,22 +123,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def speaking(folder, monkeypatch):
     """Return a server whose model says a text, piece by piece."""
-    said: list[str] = []
-    real = output_processor.StreamDetokenizer.push
-
-    def push(self, tokens):
-        real(self, tokens)
-        return said.pop(0) if said else ""
-
-    monkeypatch.setattr(output_processor.StreamDetokenizer, "push", push)
-    monkeypatch.setattr(output_processor.StreamDetokenizer, "flush", lambda self: "")
-    with served(folder) as (base, service):
-
-        def say(text: str) -> openai.OpenAI:
-            said[:] = [text[i : i + 7] for i in range(0, len(text), 7)]
-            return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
-
-        yield say, base, service
+    with served_saying(folder, monkeypatch) as server:
+        yield server
 
 
 ASK = {

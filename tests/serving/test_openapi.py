@@ -36,7 +36,7 @@ STREAMS = {
 @pytest.mark.parametrize("path", STREAMS)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_stream_and_a_whole_answer_are_described(description, path, stream):
-    """Whether random requests below stream, and are answered, depends on what is drawn."""
+    """Random requests need not contain a valid one that streams, so both kinds are asked for."""
     case = description[path]["POST"].Case(body=STREAMS[path] | {"stream": stream})
     response = case.call_and_validate(timeout=60)
     kind = "text/event-stream" if stream else "application/json"
