@@ -62,8 +62,10 @@ bare_sanitized() {
 HEADLINES=(--only "fp8_gemm m=4096 n=7168 k=16384" "fp8_grouped_gemm e=8" "attention s=4096" "attention backward s=4096" "paged_attention b=128 t=4096")
 headlines() {
   bare -m $BENCH $BENCH_FLAGS "${HEADLINES[@]}" --out "$OUT/headlines.json"
+  local status=$?
   DSV3_WARP_SPECIALIZATION=0 bare -m $BENCH $BENCH_FLAGS --only fp8_gemm fp8_grouped \
-    --out "$OUT/headlines_without_warp_specialization.json"
+    --out "$OUT/headlines_without_warp_specialization.json" || status=1
+  return $status
 }
 streams() {
   bare -m $BENCH $BENCH_FLAGS --out "$OUT/streams.json" --only \
@@ -88,7 +90,7 @@ if [ -n "${STAGE:-}" ]; then
   exit
 fi
 status=0
-for entry in versions:60 smoke:240 tests:360 triage:180 headlines:360 streams:300 why:240 repeat:120; do
+for entry in versions:60 smoke:240 tests:360 triage:180 headlines:360 streams:300 why:180 repeat:120; do
   name=${entry%%:*} seconds=${entry##*:}
   if [ $# -gt 0 ] && [[ " $* " != *" $name "* ]]; then continue; fi
   echo "== $name (at most $seconds s)"
