@@ -8,9 +8,10 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help train align test test-full test-slurm lab export book site bench bench-gpu aot mutants clean
+.PHONY: help play train align test test-full test-slurm lab export book site bench bench-gpu aot mutants clean
 
 help:
+	@echo "make play       a small model in your browser: type a text and follow its tokens"
 	@echo "make train      train a small DeepSeek-V3 on this machine, then see runs/tiny*/report.html"
 	@echo "make align      then teach it to answer, and improve it by its own answers: SFT, rewards, GRPO"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -22,6 +23,11 @@ help:
 	@echo "make mutants    change one operator or number at a time: do the tests notice? (hours; ARGS=FILE for one)"
 	@echo "make export     notebooks -> dsv3_ref/*.py  make book        run the notebooks, store them, build the site"
 	@echo "make site       the book to read offline, from the stored notebooks: build/site/index.html"
+
+play: .venv/core
+	@mkdir -p build
+	$(BIN)/dsv3 explain notebooks/models/tiny --out build/explainer.html $(ARGS)
+	@$(BIN)/python -m webbrowser -t build/explainer.html >/dev/null || true  # where there is a browser
 
 train: .venv/core
 	$(BIN)/dsv3 train $(ARGS)

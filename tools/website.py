@@ -32,6 +32,7 @@ from sphinx.application import Sphinx
 from sphinx.parsers import Parser
 from sphinx.util.docutils import docutils_namespace, patch_docutils
 
+from dsv3_ref.studies.explain import ExplainConfig, run_explain
 from dsv3_ref.viz.page import hash_source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ FRONT_PAGE = """# {title}
 
 {paragraph}
 
-{figure}
+{play}{figure}
 
 Every chapter has been executed; its outputs and figures are below its code. To change and rerun
 something, or to use the interactive controls, start `make lab` (see the [README](README.md)).
@@ -122,6 +123,14 @@ LOG <LOG>
 ```
 """
 
+MODEL, EXPLAINER = "notebooks/models/tiny", "explainer.html"
+PLAY = """<iframe class="explainer" src="explainer.html" title="A small DeepSeek-V3"></iframe>
+
+This model is in the page: type a text, let it write, and follow each token through attention,
+latent cache, router and experts. <a href="explainer.html">The same in a page of its own</a>
+
+"""
+
 # ── The copy that Sphinx reads ──
 
 
@@ -146,8 +155,11 @@ def replace_widgets(path: Path) -> None:
     nbformat.write(nb, path)
 
 
-def front_page(book: appendices.Book) -> str:
-    """Return the front page: title, first paragraph and figure of the README, and the chapters."""
+def front_page(book: appendices.Book, play: str) -> str:
+    """Return the front page: title, first paragraph and figure of the README, and the chapters.
+
+    play: what stands above the figure.
+    """
     start = re.match(r"# (.*)\n\n(.*)\n", book.readme)
     figure = re.search(r"!\[.*?\]\(.*?\)", book.readme)
     if not start or not figure:
@@ -157,6 +169,7 @@ def front_page(book: appendices.Book) -> str:
     return FRONT_PAGE.format(
         title=start[1],
         paragraph=start[2],
+        play=play,
         figure=figure[0],
         chapters=appendices.table("chapter | what it builds", body),
         contents="\n".join(f"{c.short_title} <{c.path}>" for c in book.chapters),
@@ -172,7 +185,8 @@ def stage(root: Path, src: Path) -> dict[str, list[str]]:
     copy_sources(root, src)
     for chapter in book.chapters:
         replace_widgets(src / chapter.path)
-    (src / "index.md").write_text(front_page(book), encoding="utf-8")
+    play = PLAY if (root / MODEL).is_dir() else ""
+    (src / "index.md").write_text(front_page(book, play), encoding="utf-8")
     (src / "where.md").write_text(appendices.where_page(book), encoding="utf-8")
     (src / "report.md").write_text(appendices.report_page(book), encoding="utf-8")
     (src / "api.md").write_text(appendices.api_page(book), encoding="utf-8")
@@ -346,7 +360,9 @@ def build(root: Path, out: Path) -> list[str]:
         (src / "_site").mkdir(parents=True)
         shutil.copy(Path(__file__).parent / "website.css", src / "_site")
         copy_mathjax(src / "_site")
-        bad = run_sphinx(src, site, stage(root, src)) or find_problems(site)
+        bad = run_sphinx(src, site, stage(root, src))
+        add_explainer(root, site)
+        bad = bad or find_problems(site)
         if not bad:
             add_policies(site)
             shutil.rmtree(out, ignore_errors=True)
@@ -355,12 +371,18 @@ def build(root: Path, out: Path) -> list[str]:
     return bad
 
 
+def add_explainer(root: Path, site: Path) -> None:
+    """Write the page with the shipped model inside, if there is one."""
+    if (root / MODEL).is_dir():
+        run_explain(ExplainConfig(root / MODEL, site / EXPLAINER))
+
+
 # ── Content security policy ──
 
 SITE_POLICY = (
     "default-src 'none'; script-src 'self'{scripts}; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'self'"
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; frame-src 'self'; "
+    "base-uri 'none'; form-action 'self'"
 )  # MathJax and Font Awesome write stylesheets while the page is read
 INLINE_SCRIPT = re.compile(r"<script\b(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 
@@ -371,8 +393,8 @@ def add_policies(site: Path) -> None:
     Scripts inside a page are allowed by hash: all come from the repository and from Sphinx's theme.
     """
     for path in site.rglob("*.html"):
-        if site / "_static" in path.parents:
-            continue  # templates of the theme
+        if site / "_static" in path.parents or path.name == EXPLAINER:
+            continue  # templates of the theme; a page with a stricter policy of its own
         page = path.read_text(encoding="utf-8")
         sources = {f" {hash_source(script)}" for script in INLINE_SCRIPT.findall(page)}
         policy = SITE_POLICY.format(scripts="".join(sorted(sources)))

@@ -83,6 +83,11 @@ COMMANDS: dict[str, dict[str, Command]] = {
             "dsv3_ref.serving.config.ChatConfig",
             "dsv3_ref.serving.generate.run_chat",
         ),
+        "explain": Command(
+            "Write an HTML page that runs a small model and shows what each part does.",
+            "dsv3_ref.studies.explain.ExplainConfig",
+            "dsv3_ref.studies.explain.run_explain",
+        ),
         "serve": Command(
             "Serve a model behind an OpenAI-compatible API.",
             "dsv3_ref.serving.config.ServeConfig",

@@ -83,6 +83,7 @@ OPTION_GROUPS: dict[str, Groups] = {
         "sampling": "max_new_tokens seed generation_config",
         "computation": "num_speculative_tokens prefill_workers device verify",
     },
+    "explain": {"page": "out prompts"},
     "check": {},
     "export": {
         "format": "like fp8 dtype shard_bytes",
