@@ -128,35 +128,6 @@ TINY = replace(
 CONFIGS = {"tiny": TINY, "small": SMALL, "v2_lite": V2_LITE, "v3": V3}
 
 
-# ── Reading a config from a file ──
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
-    known = [f.name for f in fields(Config)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown config field {name!r}; did you mean {near!r}?")
-    return Config(**values)
-
-
-def load_config(name: str) -> Config:
-    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
-    if name in CONFIGS:
-        return CONFIGS[name]
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        try:
-            return from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path} is not JSON: {e}") from None
-    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
-    )
-
-
 # ── Counting attention ──
 
 
@@ -206,3 +177,32 @@ def count_params(config: Config) -> ParamCount:
     mtp += count_moe_params(config, config.n_routed_experts)
     cache = 2 * config.n_layers * (config.kv_lora_rank + config.qk_rope_head_dim)
     return ParamCount(total, active, active - embed, config.n_mtp_layers * mtp, cache)
+
+
+# ── In practice: a config from a file ──
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
+    known = [f.name for f in fields(Config)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown config field {name!r}; did you mean {near!r}?")
+    return Config(**values)
+
+
+def load_config(name: str) -> Config:
+    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} is not JSON: {e}") from None
+    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
+    )

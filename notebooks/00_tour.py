@@ -72,6 +72,117 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3_ref.viz import COLORS, GRAY, ORANGE, attempt, figure, play, show
 
 # %% [markdown]
+# ## A model that runs
+# Before the arithmetic, meet the thing itself. `notebooks/models/tiny` is a DeepSeek-V3 of 5.3 million
+# parameters, trained in five minutes on two CPU cores by `make train`. It has every mechanism of the large one
+# but YaRN, in sizes that fit on a screen: 4 layers instead of 61, 16 experts instead of 256.
+# It has read speeches and Python's standard library, so it knows how English *looks*, and little else.
+
+# %%
+from dsv3_ref import generate, load
+from dsv3_ref.data.tokenizer import load_tokenizer
+from dsv3_ref.viz.explainer import SHIPPED_MODEL
+
+tiny = load(SHIPPED_MODEL, dtype=torch.float32)
+tokenizer = load_tokenizer(SHIPPED_MODEL)
+
+
+def encode(text: str) -> torch.Tensor:
+    """Return the tokens of a text, (1, s); the first one marks the beginning of a document."""
+    return torch.tensor([tokenizer.encode(text).ids])
+
+
+random = torch.Generator().manual_seed(3)
+written_bs = generate(tiny, encode("My fellow Americans,"), 60, 0.8, random)
+print(tokenizer.decode(written_bs[0].tolist()))
+
+# %% [markdown]
+# A model of this kind only ever predicts the next token. So **follow one token**: the last one of a
+# short text, through one mixture layer. Every step below is a chapter; here only watch the shapes. Letters at
+# the end of a name are its axes: `x_bsd` has batch (1 text), sequence (its tokens) and `dim`, 128 numbers.
+
+# %%
+from dsv3_ref.rope import Rope
+
+text_bs = encode("The state of the Union is")
+pieces = [tokenizer.decode([i]) for i in text_bs[0].tolist()]
+pieces[0] = "start"
+print(pieces)
+
+with torch.no_grad():
+    x_bsd = tiny.embed(text_bs)
+    print("1 embedding:       ", tuple(x_bsd.shape), "a row of the embedding matrix per token")
+
+    rope = Rope.from_positions(tiny.config, torch.arange(len(pieces)))
+    x_bsd, _ = tiny.layers["0"](x_bsd, rope)
+    print("2 after layer 0:   ", tuple(x_bsd.shape), "each block adds to this residual stream")
+
+    block = tiny.layers["1"]
+    normed_bsd = block.attn_norm(x_bsd)
+    cached_bsx = block.attn.down_project_kv(normed_bsd, rope)
+    print("3 the KV cache:    ", tuple(cached_bsx.shape), "a latent of 128 and a rotary key of 32")
+
+    x_bsd = x_bsd + block.attn(normed_bsd, rope)
+    route = block.ffn.gate(block.ffn_norm(x_bsd))
+    ids, weights = route.topk_ids_bsk[0, -1].tolist(), route.topk_weights_bsk[0, -1].tolist()
+    visited = ", ".join(f"{e} (weight {w:.2f})" for e, w in zip(ids, weights))
+    print("4 the router:      ", tuple(route.topk_ids_bsk.shape), f"last token to experts {visited}")
+
+    x_bsd = x_bsd + block.ffn(block.ffn_norm(x_bsd))[0]
+    for i in ("2", "3"):
+        x_bsd, _ = tiny.layers[i](x_bsd, rope)
+    h_bsd = tiny.norm(x_bsd)
+    logits_bsw = tiny.head(h_bsd)
+    print("5 logits:          ", tuple(logits_bsw.shape), "a score for every token of the vocabulary")
+assert torch.allclose(logits_bsw, tiny(text_bs), atol=1e-4)  # nothing was left out
+
+
+def most_likely(logits_w: torch.Tensor, n: int = 5) -> str:
+    """List the n most likely tokens with their probabilities."""
+    best = logits_w.softmax(-1).topk(n)
+    pairs = zip(best.values.tolist(), best.indices.tolist())
+    return ", ".join(f"{tokenizer.decode([i])!r} {p:.0%}" for p, i in pairs)
+
+
+print("next token:        ", most_likely(logits_bsw[0, -1]))
+
+# %% [markdown]
+# The module for multi-token prediction looks one token further: from the state of a token and the token after it,
+# it predicts the one after that, without running the four layers again. When its draft is what the main model
+# would have chosen, one step gives two tokens ([chapter 08](08_generate.ipynb)).
+
+# %%
+from dsv3_ref.mtp import mtp_hidden_states
+
+with torch.no_grad():
+    ahead_bsd, _ = mtp_hidden_states(tiny, h_bsd, text_bs)[0]
+    drafts_bsw = tiny.head(ahead_bsd)
+print("draft by MTP:      ", most_likely(drafts_bsw[0, -1]))
+draft_s = drafts_bsw[0].argmax(-1)
+agrees_s = draft_s == logits_bsw[0, 1:].argmax(-1)
+print(f"in this text, {int(agrees_s.sum())} of {len(agrees_s)} drafts are the main model's own choice")
+
+# %% [markdown]
+# The router of every mixture layer chooses for every token by itself. Below, the affinities of the last token to the
+# 16 experts, in four groups of which two are open: filled bars are chosen. The same model runs in a web page
+# with all of this drawn token by token, where experts can be switched off: `make play`, or
+# `dsv3 explain notebooks/models/tiny`.
+
+# %%
+with torch.no_grad():
+    routes = tiny.hidden_states(text_bs)[1]
+fig, axes = figure(1, len(routes), width=8.6, height=2.4, sharey=True)
+for ax, route, layer in zip(axes, routes, range(1, 4)):
+    chosen = set(route.topk_ids_bsk[0, -1].tolist())
+    colors = [ORANGE if e in chosen else "#d9dee5" for e in range(16)]
+    ax.bar(range(16), route.scores_bse[0, -1].tolist(), color=colors, edgecolor=GRAY, lw=0.6)
+    for group in (4, 8, 12):
+        ax.axvline(group - 0.5, color=GRAY, lw=0.6, ls=":")
+    ax.set(title=f"layer {layer}", xlabel="expert, by group", xticks=range(0, 16, 4))
+axes[0].set_ylabel("affinity of “is”")
+show(fig)
+
+# %% [markdown]
 # ## The config
 # One frozen dataclass holds the whole shape; **its defaults are the 671B model**. The names are
 # those of DeepSeek's own inference code (the released `config.json` uses Hugging Face's, and one table
@@ -260,56 +371,6 @@ for f in fields(Config):
 assert len(set(CONFIGS.values())) == 4
 assert TINY.n_expert_groups > TINY.n_limited_groups > 1 and TINY.n_shared_experts > 0
 assert 0 < TINY.n_dense_layers < TINY.n_layers and TINY.q_lora_rank > 0 and TINY.n_mtp_layers > 0
-
-
-# %% [markdown]
-# ## Reading a config from a file
-# Configs also come from outside, as JSON. Ignoring an unknown key would train the wrong model in
-# silence, so an unknown name is an error that offers the nearest known one.
-
-
-# %%
-#| export config
-def from_dict(values: dict[str, Any]) -> Config:
-    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
-    known = [f.name for f in fields(Config)]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown config field {name!r}; did you mean {near!r}?")
-    return Config(**values)
-
-
-def load_config(name: str) -> Config:
-    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
-    if name in CONFIGS:
-        return CONFIGS[name]
-    path = Path(name)
-    if path.suffix == ".json" and path.is_file():
-        try:
-            return from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{path} is not JSON: {e}") from None
-    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
-    raise UserError(
-        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
-    )
-
-
-# %%
-# A file gives back the config that was written; a slip of the finger gives a sentence.
-with tempfile.TemporaryDirectory() as folder:
-    file = Path(folder) / "mine.json"
-    file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}), encoding="utf-8")
-    assert load_config(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
-    file.write_text('{"n_layers": 4', encoding="utf-8")
-    assert "is not JSON" in complaint(lambda: load_config(str(file)))
-
-print(complaint(lambda: from_dict({"n_expert": 8})))
-print(complaint(lambda: from_dict({"kv_lora_rnk": 512})))
-print(complaint(lambda: load_config("tinny")))
-assert "did you mean 'kv_lora_rank'?" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
-assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
 
 
 # %% [markdown]
@@ -701,6 +762,56 @@ play(
 
 # %%
 books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
+
+# %% [markdown]
+# ## In practice: a config from a file
+# Configs come from outside, as JSON. Ignoring an unknown key would train the wrong model in
+# silence, so an unknown name is an error that offers the nearest known one.
+
+
+# %%
+#| export config
+def from_dict(values: dict[str, Any]) -> Config:
+    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
+    known = [f.name for f in fields(Config)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown config field {name!r}; did you mean {near!r}?")
+    return Config(**values)
+
+
+def load_config(name: str) -> Config:
+    """Return the config of this name (`tiny`), or read it from a JSON file (`my.json`)."""
+    if name in CONFIGS:
+        return CONFIGS[name]
+    path = Path(name)
+    if path.suffix == ".json" and path.is_file():
+        try:
+            return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} is not JSON: {e}") from None
+    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
+    )
+
+
+# %%
+# A file gives back the config that was written; a slip of the finger gives a sentence.
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "mine.json"
+    file.write_text(json.dumps({"n_layers": 4, "n_dense_layers": 1}), encoding="utf-8")
+    assert load_config(str(file)) == replace(V3, n_layers=4, n_dense_layers=1)
+    file.write_text('{"n_layers": 4', encoding="utf-8")
+    assert "is not JSON" in complaint(lambda: load_config(str(file)))
+
+print(complaint(lambda: from_dict({"n_expert": 8})))
+print(complaint(lambda: from_dict({"kv_lora_rnk": 512})))
+print(complaint(lambda: load_config("tinny")))
+assert "did you mean 'kv_lora_rank'?" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
+assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
+
 
 # %% [markdown]
 # ## Exercises
