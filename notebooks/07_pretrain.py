@@ -1126,7 +1126,7 @@ for model, limit, why in ((broken, math.inf, "nan"), (start, whole.grad_norm / 1
 # %%
 from dsv3_ref.viz.training import plot_expert_bias, plot_expert_load, plot_loss
 
-STEPS = 20 if os.environ.get("DSV3_SHORT") else 140
+STEPS = 10 if os.environ.get("DSV3_SHORT") else 140
 SHORT_RUN = TrainingRecipe(
     steps=STEPS, seq_len=64, start_batch_size=2, global_batch_size=6, warmup_steps=STEPS // 10,
     lr=6e-3, min_lr=6e-4, final_lr=2e-4, bias_update_rate=5e-3,

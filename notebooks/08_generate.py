@@ -946,7 +946,7 @@ print("greedy, three lengths, 0 to 2 drafts: the argmax of a full forward pass")
 # $$\frac{1 + p}{c_{verify} + c_{draft}}$$
 
 # %%
-STEPS = 12 if os.environ.get("DSV3_SHORT") else 100
+STEPS, NEW_TOKENS = (12, 20) if os.environ.get("DSV3_SHORT") else (100, 80)
 text = torch.tensor(list(Path(argparse.__file__).read_bytes()))
 optimizer, at = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.95)), 0
 for step in range(STEPS):
@@ -963,7 +963,7 @@ context = [text[-n : -n + 60].tolist() for n in (7000, 5000, 3000, 1000)]
 
 
 # %%
-def rounds(depth: int, temperature: float, new: int = 80) -> tuple[list[float], float]:
+def rounds(depth: int, temperature: float, new: int = NEW_TOKENS) -> tuple[list[float], float]:
     """Return the share of rounds with at least 1, 2, … accepted drafts, and tokens per second."""
     params = SamplingParams(temperature, 1.0, torch.Generator().manual_seed(0))
     counts, seconds = [], []
