@@ -4,6 +4,7 @@
     python tools/aot.py act_quant             kernels whose name contains this
     python tools/aot.py --module quant        the kernels of kernels/quant.py; a path works too
     python tools/aot.py --target sm_90a       one target; --jobs 4 uses four processes
+    python tools/aot.py --quick               every kernel once: first case and config, one target
     python tools/aot.py --json kernels.json   also write the table to a file
 
 The tool compiles each case of a module's `AOT_CASES` list (see `kernels/launch.py`) in every config
@@ -127,6 +128,15 @@ def make_jobs(modules: list[ModuleType], only: list[str], targets: list[str]) ->
                 common = {"module": module.__name__.split(".")[-1], "case": case, "target": target}
                 jobs += [common | {"args": args, "config": c} for c in configs_of(case, args)]
     return jobs
+
+
+def choose_quick(jobs: list[dict]) -> list[dict]:
+    """Return the first job of each kernel, with the targets in turn."""
+    targets = list(dict.fromkeys(job["target"] for job in jobs))
+    by_kernel: dict[int, dict[str, dict]] = {}
+    for job in jobs:
+        by_kernel.setdefault(id(job["case"].kernel), {}).setdefault(job["target"], job)
+    return [of[targets[i % len(targets)]] for i, of in enumerate(by_kernel.values())]
 
 
 # ── Compile one ──
@@ -293,6 +303,9 @@ def parse_args() -> argparse.Namespace:
         "--module", action="append", help="module of kernels/, or a path; repeatable"
     )
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable")
+    parser.add_argument(
+        "--quick", action="store_true", help="compile each kernel once, for the targets in turn"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to this file")
     return parser.parse_args()
@@ -310,6 +323,8 @@ def main() -> int:
     todo = make_jobs(
         [load_kernel_module(name) for name in args.module or every_module()], args.name, targets
     )
+    if args.quick:
+        todo = choose_quick(todo)
     if not todo:
         sys.exit("no kernel of an AOT_CASES list has such a name")
     rows = compile_all(todo, args.jobs)

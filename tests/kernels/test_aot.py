@@ -82,7 +82,7 @@ AOT_CASES = [
     AOTCase("good", gemm, FP8, {"UPCAST": False}, "fp8"),
     AOTCase("good_bf16", gemm, HALF, {"UPCAST": False}, "bf16"),
     AOTCase("upcast", gemm, FP8, {"UPCAST": True}, "fp8"),
-    AOTCase("spilling", normalize, (FP32,), {"N": 16384, "num_warps": 1}),
+    AOTCase("spilling", normalize, (FP32,), {"N": 8192, "num_warps": 1}),
     AOTCase("deep", gemm.fn, HALF, DEEP, "bf16"),
     AOTCase("broad", three_products, (BF16, FP32, 4096), {"N": 256, "num_warps": 8}, "bf16"),
     AOTCase("wrong", normalize, (FP32,), {"N": 100}),
@@ -113,6 +113,14 @@ def aot(*args, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
 
 
+def test_every_kernel_compiles_once():
+    done = aot("--quick")
+    assert done.returncode == 0, f"\n{done.stdout}{done.stderr}"
+    for word in (*COMPILED, "sm_90a", "sm_100a"):
+        assert re.search(rf"\b{word}\b", done.stdout)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("module", COMPILED)
 def test_every_kernel(module):
     done = aot("--module", module)
@@ -164,6 +172,16 @@ def test_cache_follows_the_source(planted):
     edited = check(folder, "good", "--target", "sm_90a")
     assert edited.returncode == 1
     assert "planted.good (sm_90a N=32 warps=4 stages=3): has no QGMMA" in edited.stdout
+
+
+def test_quick_takes_each_kernel_once(planted):
+    """`gemm` with and without an autotuner are two kernels; of each only the first case is left."""
+    done = check(planted[2], "good", "deep", "upcast", "--quick", "--json", planted[2] / "quick")
+    rows = json.loads((planted[2] / "quick").read_text())["rows"]
+    assert [(row["kernel"], row["target"]) for row in rows] == [
+        ("good", "sm_90a"), ("deep", "sm_100a"),
+    ]  # fmt: skip
+    assert done.returncode == 1
 
 
 def test_invalid_arguments(planted):
