@@ -198,7 +198,7 @@ KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
 
 @pytest.mark.parametrize(
     ("threads", "kills"),
-    [(1, 3), (2, 1), *(pytest.param(t, 20, marks=pytest.mark.full) for t in (1, 2))],
+    [(1, 2), (2, 1), *(pytest.param(t, 20, marks=pytest.mark.full) for t in (1, 2))],
 )
 def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
     """Whenever it comes, every later row and the last checkpoint are bit for bit the same."""
@@ -217,8 +217,14 @@ def test_kill_9_at_random_moments(threads, kills, home, tmp_path):
 # ── Signals that ask ──
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("at", [1, 6, 8])
+ASKED = [(1, signal.SIGUSR1, 75), (6, signal.SIGTERM, 143), (8, signal.SIGUSR1, 75)]
+ASKED_MORE = [(1, signal.SIGTERM, 143), (6, signal.SIGUSR1, 75), (8, signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(
+    ("at", "number", "code"),
+    [*ASKED, *(pytest.param(*case, marks=pytest.mark.full) for case in ASKED_MORE)],
+)
 def test_a_signal_ends_the_run_after_its_step(
     number, code, at, whole, home, tmp_path, without_reports
 ):
