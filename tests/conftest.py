@@ -58,6 +58,16 @@ def home(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="module")
+def gang():
+    """Processes that run functions as ranks, call after call, for the tests of a module."""
+    from gang import Gang  # only now: environment variables are set first
+
+    processes = Gang()
+    yield processes
+    processes.stop()
+
+
 @pytest.fixture
 def without_reports(monkeypatch):
     """Write a stub in the place of a run's report, whose figures take longer than the run."""

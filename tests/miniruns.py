@@ -152,7 +152,8 @@ def child(home: Path, argv: list[str], threads=1, deadly="", at=1, number=signal
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # children share cores: they must not spin
 FORK = multiprocessing.get_context("forkserver")  # imports once, then forks a fresh process
 PRELOAD = ["pytest", "hypothesis", "datasets", "torch.distributed", "dsv3_ref.training.loop"]
-PRELOAD += ["dsv3_ref.training.report", "dsv3_ref.parallel.mesh_parallel"]
+PRELOAD += ["dsv3_ref.training.report", "dsv3_ref.parallel.mesh_parallel", "dsv3_ref.cli.commands"]
+PRELOAD += ["torch._dynamo", "dsv3_ref.cpu", "dsv3_ref.parallel.launch"]
 FORK.set_forkserver_preload(PRELOAD)
 
 
@@ -164,11 +165,11 @@ def start(*args):
 
 
 class Command:
-    """`dsv3 ARGV` in its own process, with the part of Popen's interface that tests need."""
+    """A function in its own process, with the part of Popen's interface that tests need."""
 
-    def __init__(self, home: Path, argv: list[str], env: dict[str, str]):
+    def __init__(self, env: dict[str, str], function, *args):
         self.log = tempfile.NamedTemporaryFile("r", suffix=".log")  # noqa: SIM115
-        self.process = FORK.Process(target=run_command, args=(home, argv, env, self.log.name))
+        self.process = FORK.Process(target=run_logged, args=(env, self.log.name, function, *args))
         self.process.start()
         self.pid = self.process.pid
 
@@ -183,7 +184,7 @@ class Command:
         """Wait for the end; return (output, None) as Popen does."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired("dsv3", timeout)
+            raise subprocess.TimeoutExpired("a rank", timeout)
         return self.log.read(), None
 
     def send_signal(self, number: int) -> None:
@@ -193,31 +194,44 @@ class Command:
         self.process.kill()
 
 
-def run_command(home: Path, argv: list[str], env: dict[str, str], log: str) -> None:
+def run_logged(env: dict[str, str], log: str, function, *args) -> None:
+    """Call a function with more environment variables and its output in a file."""
     import torch
 
-    from dsv3_ref.cli import main
-
     os.environ.update(env)
-    own_caches(home, pytest.MonkeyPatch())
     torch.set_num_threads(1)
     out = os.open(log, os.O_WRONLY | os.O_APPEND)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(out, number)
         setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
+    function(*args)
+
+
+def run_command(home: Path, argv: list[str]) -> None:
+    """Run `dsv3 ARGV`; the report is a stub unless the environment has FIGURES=1."""
+    from dsv3_ref.cli import main
+
+    own_caches(home, pytest.MonkeyPatch())
+    if os.environ.get("FIGURES") != "1":
+        pytest.MonkeyPatch().setattr("dsv3_ref.training.report.write_report", no_report)
     sys.argv = ["dsv3", *argv]
     main.main()
 
 
 def launch(home: Path, world: int, argv: list[str], **variables: str) -> list[Command]:
     """Start a command on every rank, as a launcher does, with more environment variables."""
+    return start_ranks(world, variables, run_command, home, argv)
+
+
+def start_ranks(world: int, variables: dict[str, str], function, *args) -> list[Command]:
+    """Call a function in a process per rank, with the environment variables of a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
     env |= variables
     ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    return [Command(home, argv, env) for env in ranks]
+    return [Command(env, function, *args) for env in ranks]
 
 
 def apart(test, home: Path, *args) -> None:

@@ -6,7 +6,6 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from test_memory import CONFIG, LiveStorages, S, kernels_like
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -72,13 +71,6 @@ def count_step(recompute: bool, sequences: int):
             patch.setattr(GatheringPipeline, "forward", measured_forward)
             train()
     return counted | {"peak": live.working_set}
-
-
-@pytest.fixture(scope="module")
-def gang():
-    pool = Gang()
-    yield pool
-    pool.stop()
 
 
 LONG = [(2, False, 4), (4, True, 3), (3, False, 1)]

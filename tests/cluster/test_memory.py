@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gang import Gang
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -224,13 +223,6 @@ def count_step(
 
 
 # ── The test ──
-
-
-@pytest.fixture(scope="module")
-def gang():
-    pool = Gang()
-    yield pool
-    pool.stop()
 
 
 def settings(

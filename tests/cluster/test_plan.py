@@ -8,7 +8,6 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from torch.distributed import distributed_c10d
 
 from dsv3_ref import ops
@@ -170,13 +169,6 @@ def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
     memory = c.optimizer.bytes._asdict()
     return mesh.pp_rank, memory, dict(c.traffic.bytes)
-
-
-@pytest.fixture(scope="module")
-def gang():
-    pool = Gang()
-    yield pool
-    pool.stop()
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe"])

@@ -34,12 +34,6 @@ BIG = replace(SMALL, dim=512, moe_inter_dim=512, n_routed_experts=16, n_layers=4
 SHARD_BYTES = 300_000
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
-
-
 def save_sharded(config, folder: Path) -> None:
     """Write a checkpoint of a mesh with random weights and moments."""
     mesh = Mesh(2, 1, 2, torch.device("cpu"))

@@ -7,7 +7,6 @@ from dataclasses import replace
 import miniruns
 import pytest
 import torch
-from gang import Gang
 from miniruns import launch, metrics, options
 from test_cluster import DEEP, wait_for_exit
 from test_parallel import check_a_step
@@ -19,13 +18,6 @@ from dsv3_ref.posttraining.grpo import GRPOConfig
 from dsv3_ref.training.settings import TrainConfig, check_rules, parallelism_rules
 
 TOLERANCE = 1e-13
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 def case(cp: int, shape, name: str, zero: bool = True, ranks_per_node: int = 0, full: bool = False):

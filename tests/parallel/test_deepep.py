@@ -12,7 +12,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from test_parallel import CPU, MICRO, relative
 
 from dsv3_ref import ops
@@ -24,13 +23,6 @@ from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.tape import Tape, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher, Traffic, dispatch_levels
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 # ── A module that keeps the contract of deep_ep ──

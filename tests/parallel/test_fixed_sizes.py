@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gang import Gang
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,13 +40,6 @@ MICRO = replace(
     TINY, vocab_size=64, dim=32, inter_dim=64, moe_inter_dim=32, n_layers=4, q_lora_rank=16,
     kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_mtp_layers=1,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 # ── Layouts ──

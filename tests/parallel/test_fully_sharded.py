@@ -9,7 +9,6 @@ import miniruns
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from miniruns import metrics, options
 from test_cluster import near, wait_for_exit
 from support import randomize
@@ -43,20 +42,7 @@ from dsv3_ref.training.settings import parse_args, validate_args
 RECIPE = replace(RECIPES["tiny"], balance_loss_coeff=0.01, max_grad_norm=0.5)
 
 
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
-
-
 # ── Runs ──
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    with miniruns.home(tmp_path_factory.mktemp("home")) as folder:
-        yield folder
 
 
 def start(home, out, world: int, *more):

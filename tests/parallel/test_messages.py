@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gang import Gang
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -283,13 +282,6 @@ def live_messages(name: str, m: int, training: bool) -> tuple[int, int]:
         run_empty(empty_pipeline(name, mesh), m, training)
     assert not any(ref() is not None for ref in messages)
     return len(messages), max(live)
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -6,7 +6,6 @@ from math import inf, prod
 
 import pytest
 import torch
-from gang import Gang
 from miniruns import launch, metrics
 from served import served
 from test_cluster import wait_for_exit
@@ -41,13 +40,6 @@ from dsv3_ref.training.objective import CompletionLoss, RowBatch
 
 RECIPE = replace(RECIPES["tiny"], balance_loss_coeff=0.0, max_grad_norm=1e9)
 JUDGMENT_WEIGHT = 0.3
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 # ── Fine-tuning ──

@@ -11,7 +11,6 @@ from pathlib import Path
 import miniruns
 import pytest
 import torch
-from gang import Gang
 from miniruns import launch, metrics, options, override
 from test_cluster import wait_for_exit
 
@@ -24,13 +23,6 @@ from dsv3_ref.training.state import Run, build_run
 from dsv3_ref.training.strategy import SingleProcess, StepHyperparams
 
 CLOCK = miniruns.CLOCK | {"rollout_seconds"}
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture(scope="module")

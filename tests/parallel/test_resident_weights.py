@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang, gather_bucket
+from gang import gather_bucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,13 +40,6 @@ MESHES = [  # pp × dp × ep, schedule, ZeRO
     pytest.param((2, 1, 2), "zb1p", True, marks=pytest.mark.full),
     pytest.param((2, 2, 1), "dualpipev", False, marks=pytest.mark.full),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import datasets
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import prose
@@ -35,13 +34,6 @@ from dsv3_ref.training.task import Data
 TEXTS = [f"Document {i}. {prose(random.Random(i), 30)}" for i in range(90)]
 TOKENS = tok.train_tokenizer(TEXTS, 330)
 SIZES = [7, 7, 8, 13, 5, 12, 6]  # a ramp, and sizes that nothing divides
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from math import prod
 import pytest
 import torch
 import torch.distributed as dist
-from gang import Gang
 from support import randomize
 from test_parallel import MICRO
 
@@ -37,13 +36,6 @@ from dsv3_ref.training.ema import EMA
 CPU = torch.device("cpu")
 RECIPE = replace(RECIPES["tiny"], balance_loss_coeff=0.01)
 MESHES = [((2, 1, 2), "dualpipe", True), ((1, 2, 2), "1f1b", False), ((4, 1, 1), "1f1b", True)]
-
-
-@pytest.fixture(scope="module")
-def gang():
-    processes = Gang()
-    yield processes
-    processes.stop()
 
 
 def build_engine(shape, schedule: str, zero: bool) -> tuple[ParallelEngine, EMA]:

@@ -1,15 +1,16 @@
 """Hangs are detected, and the rank that holds up the others is reported with its operation."""
 
 import os
-import socket
-import subprocess
-import sys
-import textwrap
+import re
+import signal
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from miniruns import Command, start_ranks
 
 from dsv3_ref.parallel import watchdog
 from dsv3_ref.parallel.watchdog import (
@@ -23,59 +24,52 @@ from dsv3_ref.parallel.watchdog import (
     watch_for_hangs,
 )
 
-WORKER = """
-import os, re, sys, time
-from pathlib import Path
-import torch, torch.distributed as dist
-from dsv3_ref.parallel.watchdog import track_operation, watch_for_hangs
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-with watch_for_hangs(Path(sys.argv[1]), rank, 2, 2.0):
-    for step in range(6):
-        with track_operation(f"load batch, step {step}"):
-            if (rank, step) == (1, 3):
-                misfortune()
-        with track_operation(f"all-reduce, step {step}", dist.group.WORLD):
-            dist.all_reduce(torch.ones(1))
-    dist.barrier()
-dist.destroy_process_group()
-print("finished")
-"""
+
+def misfortune(kind: str) -> None:
+    """Let this process sleep, stop, or never release Python's lock."""
+    if kind == "sleep":
+        time.sleep(1000)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "compute":
+        time.sleep(0.5)
+        re.match("(a+)+b", "a" * 60)
 
 
-def start(folder, misfortune: str) -> list[subprocess.Popen]:
-    """Start two processes that reduce six times; `misfortune` happens to one before the fourth."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    code = f"def misfortune():\n    {misfortune}\n{textwrap.dedent(WORKER)}"
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+def worker(folder: Path, kind: str) -> None:
+    """Reduce six times; a misfortune happens to rank 1 before the fourth time."""
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    with watch_for_hangs(folder, rank, 2, 2.0):
+        for step in range(6):
+            with track_operation(f"load batch, step {step}"):
+                if (rank, step) == (1, 3):
+                    misfortune(kind)
+            with track_operation(f"all-reduce, step {step}", dist.group.WORLD):
+                dist.all_reduce(torch.ones(1))
+        dist.barrier()
+    dist.destroy_process_group()
+    print("finished")
+
+
+def start(folder: Path, kind: str) -> list[Command]:
+    return start_ranks(2, {}, worker, folder, kind)
 
 
 # ── Two processes over gloo ──
 
 
 def test_nothing_is_reported_without_a_hang(tmp_path):
-    for p in start(tmp_path, "pass"):
-        out, err = p.communicate(timeout=60)
-        assert (p.returncode, out, err) == (0, "finished\n", "")
+    for p in start(tmp_path, "none"):
+        out, _ = p.communicate(timeout=60)
+        assert (p.returncode, out) == (0, "finished\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
     """Either rank may notice first; both write their stacks and exit with EXIT_HANG."""
-    ranks = start(tmp_path, "time.sleep(1000)")
-    reports = [p.communicate(timeout=60)[1] for p in ranks]
+    ranks = start(tmp_path, "sleep")
+    reports = [p.communicate(timeout=60)[0] for p in ranks]
     assert [p.returncode for p in ranks] == [EXIT_HANG, EXIT_HANG]
     assert "hang: held up by rank 1 has been in 'load batch, step 3' for " in "".join(reports)
     assert "rank 0 has been in 'all-reduce, step 3' for " in reports[0]
@@ -86,20 +80,20 @@ def test_a_rank_that_sleeps_is_named_with_its_operation(tmp_path):
 
 def test_a_stopped_process_is_reported_by_the_other(tmp_path):
     """Its last report names its operation. Rank 1 is stopped, because rank 0 serves the store."""
-    ranks = start(tmp_path, "os.kill(os.getpid(), 19)")
+    ranks = start(tmp_path, "stop")
     try:
-        err = ranks[0].communicate(timeout=60)[1]
+        err = ranks[0].communicate(timeout=60)[0]
         assert ranks[0].returncode == EXIT_HANG
         assert "hang: held up by rank 1 has not responded for " in err
     finally:
         ranks[1].kill()
-        ranks[1].communicate()
+        ranks[1].communicate(timeout=60)
 
 
 def test_a_process_that_never_releases_pythons_lock_ends_too(tmp_path):
     """Its watchdog thread cannot run: faulthandler writes the stack after twice the time limit."""
-    ranks = start(tmp_path, "time.sleep(0.5); re.match('(a+)+b', 'a' * 60)")
-    reports = [p.communicate(timeout=60)[1] for p in ranks]
+    ranks = start(tmp_path, "compute")
+    reports = [p.communicate(timeout=60)[0] for p in ranks]
     assert ranks[0].returncode == EXIT_HANG
     assert ranks[1].returncode not in (0, None)
     assert "held up by rank 1 has not responded for " in reports[0]
