@@ -12,6 +12,7 @@ from triton.runtime.jit import JITFunction
 
 BF16, FP32 = torch.bfloat16, torch.float32
 E4M3, INT32 = torch.float8_e4m3fn, torch.int32
+INT64 = torch.int64
 FLOATS = (FP32, BF16)
 AutotuneDecorator = Callable[[JITFunction], Autotuner]
 Grid = Callable[[dict[str, int]], tuple[int, ...]]  # from a config's meta-parameters

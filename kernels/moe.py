@@ -9,6 +9,7 @@ from dsv3_ref.kernels.launch import (
     BF16,
     FLOATS,
     FP32,
+    INT64,
     AOTCase,
     Grid,
     as_rows,
@@ -23,8 +24,6 @@ from torch.autograd.function import once_differentiable
 
 import dsv3_ref.moe  # noqa: F401  defines the ops
 from dsv3_ref.ops import impl
-
-INT64 = torch.int64
 
 # ── The router ──
 
