@@ -18,7 +18,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import save_tokenizer, train_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
-from dsv3_ref.posttraining.rollout_engines import RolloutEngines
+from dsv3_ref.posttraining.rollout_engines import RolloutEngine, RolloutEngines
 from dsv3_ref.serving.config import ServeConfig, validate_serve_config
 
 KEY = "secret"
@@ -197,3 +197,92 @@ def test_an_engine_that_returns_text_only_is_refused():
 def test_an_engine_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"--rollout http://127.0.0.1:9/v1/models failed"):
         RolloutEngines(["http://127.0.0.1:9"]).refresh(Path("."), 1)
+
+
+# ── Without a server ──
+
+
+class FakeEngine(RolloutEngine):
+    """An engine that records its calls; it answers with the bodies that it is given."""
+
+    def __init__(self, name: str, kind: str = "", answer=None):
+        self.url, self.kind = name, kind
+        self.model = "m"
+        self.answer, self.calls = answer, []
+
+    def call(self, path, body=None):
+        self.calls.append((path, body))
+        if self.answer:
+            return self.answer(body)
+        choices = [self.choice(i, [i, body["prompt"][0]]) for i in range(body["n"])]
+        return {"choices": choices[::-1]}
+
+    @staticmethod
+    def choice(index: int, tokens: list[int]) -> dict:
+        logps = [-float(token) for token in tokens]
+        return {"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logps}}
+
+
+def fake_engines(n: int, seed: int = 0) -> RolloutEngines:
+    engines = RolloutEngines([], seed)
+    engines.engines = [FakeEngine(f"engine {i}") for i in range(n)]
+    return engines
+
+
+def test_prompts_are_dealt_out_in_turn_and_come_back_in_order():
+    engines = fake_engines(2)
+    tokens, logps = engines([[7], [8], [9]], 2, 5, {4, 3}, 0.5)
+    assert tokens == [[0, 7], [1, 7], [0, 8], [1, 8], [0, 9], [1, 9]]
+    assert logps == [[-float(t) for t in completion] for completion in tokens]
+    bodies = [[body for _, body in engine.calls] for engine in engines.engines]
+    assert [sorted(b["prompt"][0] for b in own) for own in bodies] == [[7, 9], [8]]
+    for body in [*bodies[0], *bodies[1]]:
+        limits = body["n"], body["max_tokens"], body["temperature"], body["stop_token_ids"]
+        assert limits == (2, 5, 0.5, [3, 4])
+        assert body["top_p"] == body["repetition_penalty"] == 1
+        assert (body["top_k"], body["min_p"], body["logprobs"]) == (-1, 0, 1)
+        assert body["ignore_eos"] is True and body["return_token_ids"] is True
+
+
+def seeds_of(seed: int, step: int, num_prompts: int) -> list[int]:
+    engines = fake_engines(1, seed)
+    engines.step = step
+    engines([[i] for i in range(num_prompts)], 1, 1, {2}, 1.0)
+    found = {body["prompt"][0]: body["seed"] for _, body in engines.engines[0].calls}
+    return [found[i] for i in range(num_prompts)]
+
+
+def test_a_prompt_has_a_seed_of_its_own_in_every_step():
+    assert seeds_of(0, 1, 4) == seeds_of(0, 1, 4)
+    seeds = {*seeds_of(0, 1, 4), *seeds_of(0, 2, 4), *seeds_of(1, 1, 4)}
+    assert len(seeds) == 12 and all(0 <= seed < 1 << 31 for seed in seeds)
+
+
+def test_new_weights_begin_the_seeds_of_a_step(tmp_path):
+    engines = fake_engines(2)
+    for engine in engines.engines:
+        engine.answer = lambda body: {}
+    engines.num_prompts = 5
+    assert engines.refresh(tmp_path, 3) == 2 and (engines.step, engines.num_prompts) == (3, 0)
+    asked = [("/update_weights_from_disk", {"model_path": str(tmp_path)})]  # as of SGLang
+    assert [engine.calls for engine in engines.engines] == [asked, asked]
+    engine = FakeEngine("x", "vllm", lambda body: {})
+    engine.load_weights(tmp_path)
+    assert [path for path, _ in engine.calls] == ["/collective_rpc", "/reset_prefix_cache"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"token_ids": None}, {"token_ids": []}, {"logprobs": None}, {"token_ids": [1]},
+        {"logprobs": {"token_logprobs": None}}, {"logprobs": {"token_logprobs": [-1.0, None]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_completion_needs_a_log_probability_for_each_token(changes):
+    good, bad = FakeEngine.choice(0, [5, 6]), FakeEngine.choice(1, [5, 6]) | changes
+    engine = FakeEngine("here", answer=lambda body: {"choices": [good]})
+    assert engine.sample([1], {}) == [([5, 6], [-5.0, -6.0])]
+    engine.answer = lambda body: {"choices": [good, bad]}
+    with pytest.raises(UserError, match="--rollout here did not return a token id and a log-prob"):
+        engine.sample([1], {})

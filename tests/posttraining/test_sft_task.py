@@ -1,6 +1,9 @@
 """`dsv3 sft`: runs on files of conversations."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import miniruns
 import pytest
@@ -14,8 +17,13 @@ from dsv3_ref.data.conversations import (
     split_samples,
 )
 from dsv3_ref.data.chat_template import ChatTemplate
-from dsv3_ref.data.packing import PackedDataset
+from dsv3_ref.config import TINY
+from dsv3_ref.data.packing import PackedDataset, flag_sample
 from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
+from dsv3_ref.model import Transformer
+from dsv3_ref.posttraining import sft as sft_module
+from dsv3_ref.posttraining.sft import SFTConfig, SFTTask, flagged_loss, last_prompt
+from dsv3_ref.sft import sft_loss
 from dsv3_ref.training import loop
 
 
@@ -125,3 +133,104 @@ def test_refusals(argv, why, home, tmp_path, capsys, monkeypatch):
     assert main.main(["sft", *argv, "--out", "run", "--seq-len", "63"]) == 2
     assert why in capsys.readouterr().err
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+# ── Without a run ──
+
+RECIPE = SFTConfig.RECIPES["tiny"]
+SAMPLES = [  # tokens, and which of them are answers
+    ([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 0]), ([12, 13], [1, 1]),
+]  # fmt: skip
+
+
+def flagged(i: int) -> list[int]:
+    tokens, mask = SAMPLES[i]
+    return flag_sample(tokens, map(bool, mask))
+
+
+def task_of(**options) -> SFTTask:
+    return SFTTask(SFTConfig(model=TINY, recipe=replace(RECIPE, seq_len=6), **options))
+
+
+ROWS_BS = torch.tensor([[*flagged(0), *flagged(1)], [*flagged(2), *flagged(1), 0, 0]])
+
+
+def test_the_tokens_of_answers_count_but_for_the_first_of_a_row():
+    """The first token of a row has none before it to predict it from."""
+    task = task_of()
+    assert task.loss_targets(ROWS_BS).tolist() == [7, 8, 10, 13, 10]
+    assert task.loss_weight(ROWS_BS) == 5
+    assert task.num_tokens(ROWS_BS) == 2 * 6 and task.minibatches(None, ROWS_BS) == [ROWS_BS]
+    assert task.row_batch(None, ROWS_BS).rows_bs is ROWS_BS
+    parts = task_of(micro_batch=1).micro_batches(None, ROWS_BS)
+    assert [len(part) for part in parts] == [1, 1]
+
+
+def test_the_loss_of_flagged_rows_is_that_of_chapter_14(micro):
+    """A sample does not attend to those before it in its row."""
+    model, task = Transformer(micro), task_of()
+    tokens_bs = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 9, 10, 11, 0, 0]])
+    mask_bs = torch.tensor([[0, 0, 1, 1, 0, 1, 0], [1, 1, 0, 1, 0, 0, 0]]).bool()
+    ends = torch.tensor([0, 4, 6, 8, 12], dtype=torch.int32)  # the last token of a row is not read
+    want = sft_loss(model, tokens_bs, mask_bs, ends).main
+    for got in (flagged_loss(model, ROWS_BS), task.loss(model, ROWS_BS, "sequence")):
+        torch.testing.assert_close(got.main, want)
+    assert task.nll(model, ROWS_BS) == pytest.approx(5 * want.item())
+
+
+@pytest.mark.parametrize(
+    "tokens, mask, prompt",
+    [
+        ([5, 6, 7, 8], [0, 0, 1, 1], [5, 6]),
+        ([5, 6, 7, 8, 9], [0, 1, 0, 1, 0], [5, 6, 7]),  # the last of two answers, and a token after
+        ([5, 6, 7, 8, 9], [0, 1, 1, 0, 0], [5]),
+        ([5, 6], [1, 1], []), ([5, 6], [0, 0], []),
+    ],
+)  # fmt: skip
+def test_a_prompt_ends_where_the_last_answer_begins(tokens, mask, prompt):
+    assert last_prompt(flag_sample(tokens, map(bool, mask))) == prompt
+
+
+@pytest.mark.parametrize("room, num_new", [(100, 24), (7, 4), (2, 0)])
+def test_answers_to_held_out_prompts_fit_the_model(room, num_new, monkeypatch):
+    monkeypatch.setattr(sft_module, "SAMPLE_TOKENS", 24)
+    asked = []
+
+    def stream(model, prompts, n, params, stops):
+        asked.append((prompts, n, stops, params.temperature))
+        return iter([([20],), ([21, 22],)])
+
+    monkeypatch.setattr(sft_module, "stream", stream)
+    task = task_of()
+    task.config = replace(task.config, model=replace(TINY, max_seq_len=room))
+    task.samples = [flag_sample([5, 6, 8, 7], [False, False, False, True])]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    chat = SimpleNamespace(stop_token_ids=(1, 1))
+    data = SimpleNamespace(tokenizer=tokenizer, chat=chat, names=["a", "b"])
+    data.batch_size_schedule = [2, 3]
+    models = iter(["model", None])
+    strategy = SimpleNamespace(load_whole_model=lambda _: next(models), device=torch.device("cpu"))
+    run = SimpleNamespace(strategy=strategy, data=data, run_dir=Path("run"))
+    (sample,) = task.answer_prompts(run)
+    assert asked == [([[5, 6, 8]], num_new, {1}, sample["temperature"])]
+    assert (sample["prompt"], sample["text"]) == ("5 6 8", "20 21 22")
+    assert task.answer_prompts(run) == []  # the model does not fit
+    assert task.describe_data(run) == "30 tokens of a and b"
+    assert task.result_line(run, {"val_bpb": 1.2345}).startswith("1.234 bits per byte")
+
+
+@pytest.mark.parametrize(
+    "changes, option",
+    [
+        ({"init": None}, "--init"), ({"data": ()}, "--data"), ({"epochs": 0.0}, "--epochs"),
+        ({"epochs": float("inf")}, "--epochs"), ({"steps": -1}, "--steps"),
+    ],
+)  # fmt: skip
+def test_the_limits_of_the_options(changes, option):
+    recipe = replace(RECIPE, steps=0)
+    good = SFTConfig(model=TINY, recipe=recipe, init=Path("m"), data=("a",), epochs=0.1)
+    assert all(holds for holds, _ in good.validation_rules())
+    steps = changes.pop("steps", 0)
+    bad = replace(good, recipe=replace(recipe, steps=steps), **changes)
+    (sentence,) = [sentence for holds, sentence in bad.validation_rules() if not holds]
+    assert sentence.startswith(option)

@@ -37,6 +37,7 @@ class Engine:
         module, _, name = worker_extension_cls.rpartition(".")
         self.worker = getattr(import_module(module), name)()
         self.model, self.reset = load(model, dtype=torch.float32), 0
+        self.limits = max_model_len, tensor_parallel_size, gpu_memory_utilization
         mla = MLAAttention(process_weights_after_loading=self.absorb)
         self.worker.model_runner = SimpleNamespace(
             model=SimpleNamespace(load_weights=self.load_weights, modules=lambda: [mla]),
@@ -98,6 +99,14 @@ def test_answers_and_log_probabilities_come_through(vllm, micro, tmp_path):
     got = write([[1, 2], [3]], 3, 6, {7}, 1.0)
     torch.manual_seed(0)
     assert got == generate_rollouts(model, [[1, 2], [3]], 3, 6, {7}, 1.0)
+
+
+def test_by_default_the_engine_has_half_of_the_memory_of_one_gpu(vllm, micro, tmp_path):
+    model = Transformer(micro)
+    write = VllmRollouts(model, tmp_path / "hf")
+    assert write.engine.limits == (micro.max_seq_len, 1, 0.5)
+    write = VllmRollouts(model, tmp_path / "hf", tensor_parallel=8, memory=0.9)
+    assert write.engine.limits == (micro.max_seq_len, 8, 0.9)
 
 
 def test_the_engine_follows_the_model(vllm, micro, tmp_path):
