@@ -63,11 +63,12 @@ def home(folder: Path) -> Iterator[Path]:
 
 
 def own_caches(folder: Path, patch) -> None:
-    """Redirect the caches to a folder instead of the user's own."""
+    """Redirect the caches to a folder instead of the user's own; runs end with short samples."""
     import datasets
 
     patch.setenv("DSV3_CACHE", str(folder / "cache"))
     patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
+    patch.setattr("dsv3_ref.training.task.SAMPLE_TOKENS", 4)  # 160 take longer than the run
 
 
 def options(home: Path, out: Path, *more) -> list[str]:
@@ -180,11 +181,16 @@ class Command:
     def poll(self) -> int | None:
         return self.process.exitcode
 
-    def communicate(self, timeout: float) -> tuple[str, None]:
-        """Wait for the end; return (output, None) as Popen does."""
+    def wait(self, timeout: float) -> int:
+        """Wait for the end; return the exit code."""
         self.process.join(timeout)
         if self.process.exitcode is None:
-            raise subprocess.TimeoutExpired("a rank", timeout)
+            raise subprocess.TimeoutExpired("a command", timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """Wait for the end; return (output, None) as Popen does."""
+        self.wait(timeout)
         return self.log.read(), None
 
     def send_signal(self, number: int) -> None:
@@ -207,14 +213,16 @@ def run_logged(env: dict[str, str], log: str, function, *args) -> None:
     function(*args)
 
 
-def run_command(home: Path, argv: list[str]) -> None:
-    """Run `dsv3 ARGV`; the report is a stub unless the environment has FIGURES=1."""
+def run_command(home: Path, argv: list[str], prepare=None) -> None:
+    """Run `dsv3 ARGV` after `prepare`; the report is a stub unless FIGURES=1 is set."""
     from dsv3_ref.cli import main
 
     own_caches(home, pytest.MonkeyPatch())
     if os.environ.get("FIGURES") != "1":
         pytest.MonkeyPatch().setattr("dsv3_ref.training.report.write_report", no_report)
     sys.argv = ["dsv3", *argv]
+    if prepare:
+        prepare()
     main.main()
 
 

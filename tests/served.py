@@ -1,16 +1,25 @@
-"""`dsv3 serve` in a thread of this process, over real HTTP."""
+"""`dsv3 serve` in a thread of this process or in one of its own, over real HTTP."""
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
+from miniruns import Command, run_command
 
 from dsv3_ref.serving import api_server, output_processor
 from dsv3_ref.serving.network import bind_socket
 from dsv3_ref.serving.service import Service
+
+# A client of httpx reads all certificates, which takes longer than a request of these tests.
+httpx._transports.default.create_ssl_context = cache(httpx.create_ssl_context)
 
 
 @contextmanager
@@ -53,3 +62,24 @@ def served_saying(
             return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
 
         yield say, base, service
+
+
+@contextmanager
+def command(folder, *more, prepare=None):
+    """Yield (address, process) of `dsv3 serve` in a process of its own.
+
+    prepare: called there before.
+    """
+    argv = ["serve", str(folder), "--port", "0", *more]
+    process = Command({}, run_command, folder.parent, argv, prepare)
+    end = time.monotonic() + 60
+    try:
+        while not (
+            found := re.search(r"^(http://\S+)/v1 ", Path(process.log.name).read_text(), re.M)
+        ):
+            assert process.poll() is None and time.monotonic() < end, process.log.read()
+            time.sleep(0.05)
+        yield found[1], process
+    finally:
+        process.kill()
+        process.wait(10)

@@ -3,24 +3,24 @@
 import asyncio
 import gc
 import json
+import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import httpx
 import pytest
-from test_serve import command, folder, quiet
+from served import command
+from test_serve import folder, quiet
 
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
-from dsv3_ref.serve import QueueFull
+from dsv3_ref.serve import ModelRunner, QueueFull
 from dsv3_ref.serving import api_server
 from dsv3_ref.serving.config import ServeConfig
 from dsv3_ref.serving.http_server import ConnectionLimits
@@ -167,25 +167,14 @@ def test_running_requests_keep_their_places(folder):
 
 def test_few_descriptors_are_enough(folder):
     """160 connections with half a request, 128 descriptors: an honest client is served."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128));"
-        "from dsv3_ref.cli.main import main; main()"
-    )
-    argv = [sys.executable, "-c", code, "serve", str(folder), "--port", "0"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
-    attackers = []
-    try:
-        port = int(process.stdout.readline().split("/v1")[0].rsplit(":", 1)[1])
+    few = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (128, 128))
+    with command(folder, prepare=few) as (base, _), ExitStack() as attackers:
+        address = ("127.0.0.1", int(base.rsplit(":", 1)[1]))
         for _ in range(160):
-            attackers.append(socket.create_connection(("127.0.0.1", port)))
-            attackers[-1].sendall(b"GET /hea")
+            attacker = attackers.enter_context(socket.create_connection(address))
+            attacker.sendall(b"GET /hea")
         for _ in range(3):
-            assert ask(("127.0.0.1", port)).status_code == 200
-    finally:
-        process.kill()
-        process.wait()
-        for attacker in attackers:
-            attacker.close()
+            assert ask(address).status_code == 200
 
 
 def test_a_client_that_never_reads_is_disconnected(here):
@@ -482,7 +471,8 @@ def test_a_key_is_needed_and_keeps_prefixes_apart(folder, monkeypatch):
 
 def test_cached_tokens_are_not_told_and_no_origin_is_allowed(here):
     for _ in range(2):
-        answer = ask(here[0], {"prompt": "we talk " * 9}, headers={"origin": "http://evil.example"})
+        body = {"prompt": "we talk " * 9, "max_tokens": 2}
+        answer = ask(here[0], body, headers={"origin": "http://evil.example"})
         assert "prompt_tokens_details" not in answer.json()["usage"]
         assert not [name for name in answer.headers if name.startswith("access-control")]
     url = f"http://{here[0][0]}:{here[0][1]}/v1/completions"
@@ -581,30 +571,20 @@ def inject(service, stage: str, monkeypatch) -> None:
 # ── The end ──
 
 
+def break_engine() -> None:
+    """Let every step of the engine fail, in a server that answers for a second more."""
+    api_server.FAILURE_LINGER = 1.0
+    ModelRunner.decode_step = lambda *_: 1 / 0
+
+
 def test_a_failed_engine_is_told_and_ends_the_process(folder):
-    code = """if True:
-        import sys
-        from dsv3_ref.serve import ModelRunner
-        from dsv3_ref.serving import api_server
-        from dsv3_ref.cli.main import main
-        api_server.FAILURE_LINGER = 1.0
-        ModelRunner.decode_step = lambda *_: 1 / 0
-        main()
-    """
-    argv = [sys.executable, "-c", code, "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            base = process.stdout.readline().split("/v1")[0]
-            answer = httpx.post(f"{base}/v1/completions", json={"prompt": "we"}, timeout=20)
-            assert answer.status_code == 503
-            health = httpx.get(f"{base}/health")
-            assert health.status_code == 503 and health.json() == {"status": "failed"}
-            assert process.wait(10) == 1
-            assert "ZeroDivisionError" in process.stderr.read()
-        finally:
-            process.kill()
+    with command(folder, prepare=break_engine) as (base, process):
+        answer = httpx.post(f"{base}/v1/completions", json={"prompt": "we"}, timeout=20)
+        assert answer.status_code == 503
+        health = httpx.get(f"{base}/health")
+        assert health.status_code == 503 and health.json() == {"status": "failed"}
+        assert process.wait(10) == 1
+        assert "ZeroDivisionError" in process.log.read()
 
 
 @contextmanager
@@ -635,22 +615,28 @@ HALVES = {
 }
 
 
-@pytest.mark.parametrize("sent", HALVES.values(), ids=HALVES)
-def test_two_signals_end_it_although_a_request_is_half_sent(folder, sent):
+@pytest.mark.parametrize(
+    "name, grace, most, codes",
+    [
+        ("half a head", "60", 3, (143,)), ("half a body", "0", 2, (0, 143)),
+        pytest.param("half a head", "0", 2, (0, 143), marks=pytest.mark.full),
+        pytest.param("half a body", "60", 3, (143,), marks=pytest.mark.full),
+    ],
+)  # fmt: skip
+def test_two_signals_end_it_although_a_request_is_half_sent(folder, name, grace, most, codes):
     """With --grace 0 already the first one does, whichever arrives when."""
-    for grace, most, codes in (("0", 2, (0, 143)), ("60", 3, (143,))):
-        with command(folder, "--grace", grace) as (base, process):
-            port = int(base.rsplit(":", 1)[1])
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(sent)
-                assert httpx.get(f"{base}/health").status_code == 200
-                start = time.monotonic()
-                process.send_signal(signal.SIGTERM)
-                if grace == "60":
-                    connection_is_drained(base)
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(10) in codes
-                assert time.monotonic() - start < most
+    with command(folder, "--grace", grace) as (base, process):
+        port = int(base.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(HALVES[name])
+            assert httpx.get(f"{base}/health").status_code == 200
+            start = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            if grace == "60":
+                connection_is_drained(base)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) in codes
+            assert time.monotonic() - start < most
 
 
 def connection_is_drained(base: str) -> None:

@@ -5,10 +5,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import MINI
-from served import served
+from served import command, served
 
 from dsv3_ref import ops
 from dsv3_ref.checkpoints.native import save
@@ -855,15 +852,16 @@ async def all_at_once(address: str, asked: list[tuple[str, str]], new: int) -> l
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
-def test_sixty_four_streams_lose_and_mix_nothing(folder):
+@pytest.mark.parametrize(
+    "new, kv_cache_tokens", [(10, 256), pytest.param(24, 1024, marks=pytest.mark.full)]
+)
+def test_sixty_four_streams_lose_and_mix_nothing(folder, new, kv_cache_tokens):
     """Use too few blocks, drafts and chunks; do it twice to see whether memory grows."""
-    with served(folder, num_speculative_tokens=1, kv_cache_tokens=1024, prefill_chunk=16) as (
-        address,
-        service,
-    ):
-        asked, used = sure(service, 64, 24), []
+    options = {"num_speculative_tokens": 1, "prefill_chunk": 16}
+    with served(folder, kv_cache_tokens=kv_cache_tokens, **options) as (address, service):
+        asked, used = sure(service, 64, new), []
         for _ in range(2):
-            texts = asyncio.run(all_at_once(address, asked, 24))
+            texts = asyncio.run(all_at_once(address, asked, new))
             assert texts == [want for _, want in asked]
             assert quiet(service)
             used.append(memory())
@@ -876,20 +874,6 @@ def test_sixty_four_streams_lose_and_mix_nothing(folder):
 
 
 # ── As a command, in processes of its own ──
-
-
-@contextmanager
-def command(folder, *more):
-    """Yield (address, process) of `dsv3 serve`."""
-    argv = [sys.executable, "-m", "dsv3_ref", "serve", str(folder), "--port", "0", *more]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
-        yield line.split("/v1")[0], process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def children(pid: int) -> list[int]:
@@ -919,7 +903,7 @@ def test_prefill_and_decoding_in_two_processes_and_an_end_that_waits(folder, her
             process.send_signal(signal.SIGTERM)
             assert [x for x in lines if x][-1] == "data: [DONE]"
         assert process.wait(20) == 0
-        assert "prompt tokens" in process.stderr.read()
+        assert "prompt tokens" in process.log.read()
 
 
 @pytest.mark.full

@@ -1,6 +1,7 @@
 """`dsv3 chat --web`: the experts of every token; nothing is forged, mixed up or sent away."""
 
 import asyncio
+import io
 import json
 import re
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import redirect_stderr
 from dataclasses import replace
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
@@ -420,6 +422,24 @@ def test_only_its_own_names_reach_the_page(run, monkeypatch):
         assert (preflight == 403) == (want == 403), origin
 
 
+@pytest.fixture(scope="module")
+def locked(run):
+    """The application of a page that asks for the key “secret”."""
+    apps = []
+
+    class Server:
+        def run(self, sockets):
+            sockets[0].close()
+
+    argv = ["chat", str(run), "--web", "--port", "0", "--host", "0.0.0.0", "--api-key", "secret"]
+    told = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(told):
+        patch.setattr(web, "make_web_server", lambda app: apps.append(app) or Server())
+        assert main.main(argv) == 0
+    assert "without authentication" not in told.getvalue()
+    return apps[0]
+
+
 @pytest.mark.parametrize(
     "credentials, want",
     [(None, 401), (("any", "secret"), 200), (("any", "other"), 401), ("Bearer secret", 401),
@@ -427,21 +447,11 @@ def test_only_its_own_names_reach_the_page(run, monkeypatch):
     ids=["none", "right", "wrong", "bearer", "not base64", "no user"],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/", "/config"])
-def test_a_page_with_a_key_asks_for_it(run, monkeypatch, capsys, credentials, want, path):
+def test_a_page_with_a_key_asks_for_it(locked, credentials, want, path):
     """A browser shows its own form, and sends what its user has entered with every request."""
-    apps = []
-
-    class Server:
-        def run(self, sockets):
-            sockets[0].close()
-
-    monkeypatch.setattr(web, "make_web_server", lambda app: apps.append(app) or Server())
-    argv = ["chat", str(run), "--web", "--port", "0", "--host", "0.0.0.0", "--api-key", "secret"]
-    assert main.main(argv) == 0
-    assert "without authentication" not in capsys.readouterr().err
 
     async def get() -> httpx.Response:
-        transport = httpx.ASGITransport(apps[0])
+        transport = httpx.ASGITransport(locked)
         options = (
             {"headers": {"authorization": credentials}}
             if isinstance(credentials, str)
