@@ -227,6 +227,7 @@ def test_out_defaults_to_the_name_of_the_config(home, tmp_path, monkeypatch):
     assert sorted(p.name for p in Path("runs").iterdir()) == ["mini", "mini-2"]
 
 
+@pytest.mark.usefixtures("without_reports")
 def test_sources_are_mixed_and_named(home, tmp_path, one_step):
     more = ["--data", home / "text=0.5", "stdlib=0.5", "--tokenizer", one_step, "--steps", "1"]
     assert main(options(home, tmp_path / "two", *more)) == 0
@@ -278,7 +279,9 @@ def test_help_comes_without_the_slow_libraries():
 # ── As a process ──
 
 
-@pytest.mark.parametrize("module", ["dsv3_ref", "dsv3_ref.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["dsv3_ref", pytest.param("dsv3_ref.cli.main", marks=pytest.mark.full)]
+)
 def test_the_module_is_the_command(module, home, tmp_path):
     argv = options(home, tmp_path / "run", "--steps", "0")
     done = subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True)

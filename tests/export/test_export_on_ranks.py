@@ -87,8 +87,13 @@ def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) ->
         assert got[name].dtype == x.dtype and torch.equal(got[name].float(), x.float()), name
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("world", [1, 3])
+full = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    "world, fp8",
+    [(1, False), (3, True), pytest.param(1, True, marks=full), pytest.param(3, False, marks=full)],
+)
 def test_ranks_write_what_save_hf_writes(world, fp8, sharded, tmp_path):
     argv = ["export", str(sharded / "small"), str(tmp_path / "out")]
     argv += ["--shard-bytes", str(SHARD_BYTES), "--fp8" if fp8 else "--no-fp8", "--no-verify"]
@@ -170,7 +175,7 @@ def export(folder: Path, out: Path, fp8: bool) -> None:
     run_export(ExportConfig(folder, out, fp8=fp8, verify=False, shard_bytes=4_000_000))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", [pytest.param(False, marks=full), True])
 def test_memory_is_bounded_by_the_shard_not_by_the_model(fp8, sharded, tmp_path):
     """A shard of 4 MB, its source in fp32 and the copies of one tensor; the model has 60 MB."""
     n_bytes = sum(4 * p.numel() for p in Transformer(BIG).parameters())

@@ -1,6 +1,7 @@
 """`dsv3 reward`: a run on pairs, and the reward model that it leaves."""
 
 import json
+from itertools import product
 
 import miniruns
 import pytest
@@ -134,8 +135,14 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lot", [1, 3])
+SHORT_CUTS = [("direct", 3), ("cot", 1), ("with_reference", 3), ("direct with reference", 1)]
+MORE_CUTS = {*product(KINDS, [1, 3])} - {*SHORT_CUTS}
+
+
+@pytest.mark.parametrize(
+    "kind, lot",
+    [*SHORT_CUTS, *(pytest.param(*cut, marks=pytest.mark.full) for cut in sorted(MORE_CUTS))],
+)
 def test_an_update_is_the_same_however_a_batch_is_cut(home, tmp_path, kind, lot):
     """Judgments of one and of many tokens are in one batch."""
     rows = [row(i, judgment_chosen="aa " * (1 + i), judgment_rejected="b") for i in range(5)]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import miniruns
@@ -225,8 +226,14 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "sequence"])
-@pytest.mark.parametrize("lot", [1, 3, 0])
+SHORT_CUTS = [("grpo", 1), ("dapo", 3), ("dr_grpo", 0), ("sequence", 3)]
+MORE_CUTS = {*product(["grpo", "dapo", "dr_grpo", "sequence"], [1, 3, 0])} - {*SHORT_CUTS}
+
+
+@pytest.mark.parametrize(
+    "kind, lot",
+    [*SHORT_CUTS, *(pytest.param(*cut, marks=pytest.mark.full) for cut in sorted(MORE_CUTS))],
+)
 def test_an_update_is_the_gradient_of_all_answers_at_once(home, tmp_path, kind, lot, monkeypatch):
     """However they are cut into micro-batches, and whatever tokens they hold."""
     run = new_run(home, tmp_path / "x", "--loss-type", kind, "--micro-batch", lot, "--beta", 0.01)

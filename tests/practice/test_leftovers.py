@@ -132,6 +132,7 @@ def test_the_next_start_has_the_same_folder(home, tmp_path, monkeypatch):
     assert [x.name for x in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.usefixtures("without_reports")
 def test_what_was_there_before_stays(home, tmp_path, capsys):
     """A launcher's log, and a run that cannot be resumed."""
     (tmp_path / "run" / "logs").mkdir(parents=True)

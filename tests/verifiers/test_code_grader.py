@@ -262,8 +262,16 @@ ENDLESS = {
 }  # fmt: skip
 
 
+QUICK = {
+    "an endless repr", "endless recursion", "a thread that stays", "a stopped process",
+    "too much output", "nested lists", "a bomb of processes",
+}  # fmt: skip
+
+
 @boxed
-@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in ENDLESS]
+)
 def test_what_does_not_end_is_wrong_in_time(name):
     start = time.perf_counter()
     limits = replace(LIMITS, seconds=1.5, cpu=1)
