@@ -126,14 +126,16 @@ with torch.no_grad():
     route = block.ffn.gate(block.ffn_norm(x_bsd))
     ids, weights = route.topk_ids_bsk[0, -1].tolist(), route.topk_weights_bsk[0, -1].tolist()
     visited = ", ".join(f"{e} (weight {w:.2f})" for e, w in zip(ids, weights))
-    print("4 the router:      ", tuple(route.topk_ids_bsk.shape), f"last token to experts {visited}")
+    print("4 the router:      ", tuple(route.topk_ids_bsk.shape), f"to experts {visited}")
 
     x_bsd = x_bsd + block.ffn(block.ffn_norm(x_bsd))[0]
     for i in ("2", "3"):
         x_bsd, _ = tiny.layers[i](x_bsd, rope)
     h_bsd = tiny.norm(x_bsd)
     logits_bsw = tiny.head(h_bsd)
-    print("5 logits:          ", tuple(logits_bsw.shape), "a score for every token of the vocabulary")
+    print(
+        "5 logits:          ", tuple(logits_bsw.shape), "a score for each token of the vocabulary"
+    )
 assert torch.allclose(logits_bsw, tiny(text_bs), atol=1e-4)  # nothing was left out
 
 
@@ -160,7 +162,7 @@ with torch.no_grad():
 print("draft by MTP:      ", most_likely(drafts_bsw[0, -1]))
 draft_s = drafts_bsw[0].argmax(-1)
 agrees_s = draft_s == logits_bsw[0, 1:].argmax(-1)
-print(f"in this text, {int(agrees_s.sum())} of {len(agrees_s)} drafts are the main model's own choice")
+print(f"{int(agrees_s.sum())} of {len(agrees_s)} drafts are what the main model would choose")
 
 # %% [markdown]
 # The router of every mixture layer chooses for every token by itself. Below, the affinities of the last token to the
