@@ -6,6 +6,7 @@ SEEDS  ?= 1
 WORKERS ?= 2
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
+HIDDEN := ['[0-9][0-9]_*.py', '__pycache__', '*.pyc']
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: help play train align test test-full test-slurm lab export book site bench bench-gpu aot mutants clean
@@ -36,7 +37,8 @@ align: .venv/rl
 	$(BIN)/dsv3 align --seeds $(SEEDS) $(ARGS)
 
 lab: .venv/lab
-	$(BIN)/jupyter lab notebooks $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --ContentsManager.hide_globs="$(HIDDEN)" \
+	  --LabApp.default_url=/lab/tree/notebooks/00_tour.ipynb $(ARGS)
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -102,6 +104,9 @@ clean:
 .venv/lab: .venv/core
 	@echo "· installing JupyterLab"
 	@$(PIP) -e ".[lab]"
+	@mkdir -p .venv/share/jupyter/lab/settings  # no question about news at the first start
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' \
+	  > .venv/share/jupyter/lab/settings/overrides.json
 	@touch $@
 
 .venv/book: .venv/core

@@ -44,6 +44,31 @@ PANELS: dict[str, tuple[str, Callable[[list[dict], int], Figure]]] = {
 }
 
 
+# ── Finding a run ──
+
+
+def home_dir() -> Path:
+    """Return the nearest folder above the current one that has notebooks: where runs/ is."""
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir()), here)
+
+
+def find_run(source: Path | str) -> Path | str:
+    """Return the run of this name, from here or from the repository; a URL stays as it is.
+
+    Raise a `UserError` that lists the runs that exist if there is none.
+    """
+    if str(source).startswith(("http://", "https://")):
+        return source
+    places = [Path(source), home_dir() / source]
+    run = next((place for place in places if place.exists()), None)
+    if run is None:
+        runs = sorted(p.parent.as_posix() for p in home_dir().glob("runs/*/metrics.jsonl"))
+        known = f"runs here: {', '.join(runs)}" if runs else "there are no runs here yet"
+        raise UserError(f"{source} does not exist; {known}; `dsv3 train --out {source}` starts one")
+    return run
+
+
 # ── Reading metrics ──
 
 
@@ -340,13 +365,17 @@ def launch_run(
         return None
     from IPython.display import display
 
-    control = RunControls(RunProcess(words, Path(folder)))
+    control = RunControls(RunProcess(words, home_dir() / folder))
     display(control.box)
     return control
 
 
 def watch(source: Path | str) -> Dashboard | None:
-    """Follow a run, given as folder, file or URL of its metrics; a script draws its curves once."""
+    """Follow a run, given as folder, file or URL of its metrics; a script draws its curves once.
+
+    A path is one from here or from the repository. Raise a `UserError` if there is no such run.
+    """
+    source = find_run(source)
     if not in_notebook():
         show_curves(source)
         return None

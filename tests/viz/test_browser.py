@@ -3,8 +3,10 @@
 Screenshots are in the folder given by `--basetemp`, or in the temporary folder of pytest.
 """
 
+import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -74,27 +76,40 @@ def cells_with_controls() -> list:
     return params
 
 
+def lab_command(folder: Path, *args: str) -> list[str]:
+    """Return the command of `make lab` for a copy of the notebooks."""
+    settings = f"CURDIR={folder}", f"BIN={Path(sys.executable).parent}", f"ARGS={shlex.join(args)}"
+    makefile = NOTEBOOKS.parent / "Makefile"
+    printed = subprocess.run(
+        ["make", "-n", "-f", makefile, "lab", *settings],
+        cwd=folder, capture_output=True, text=True, check=True,
+    ).stdout.replace("\\\n", " ")  # fmt: skip
+    return shlex.split(printed[re.search(r"^.*/jupyter lab ", printed, re.M).start() :])
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """Start JupyterLab on a copy of the notebooks, which run in their short form; yield its URL."""
+    """Start `make lab` on a copy of the notebooks, which run in their short form; yield its URL."""
     tmp = tmp_path_factory.mktemp("lab")
     shutil.copytree(NOTEBOOKS, tmp / "notebooks", ignore=shutil.ignore_patterns("runs"))
+    os.utime(tmp / "notebooks/01_ops.py", (0, 0))  # decades older than its .ipynb
     shutil.copytree(NOTEBOOKS.parent / "figures", tmp / "figures")
+    shutil.copy(NOTEBOOKS.parent / "pyproject.toml", tmp)  # settings of jupytext
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--allow-root"]
-    command += [f"--port={port}", "--IdentityProvider.token=", "--LabApp.news_url=None"]
+    args = ["--no-browser", "--ip=127.0.0.1", "--allow-root", f"--port={port}"]
+    args += ["--IdentityProvider.token=", "--LabApp.news_url=None"]
     settings = tmp / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
     settings.write_text('{"fetchNews": "false"}')  # no dialog over the page
-    command += [f"--LabApp.user_settings_dir={tmp / 'settings'}"]
-    command += ["--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp}"]
-    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    args += [f"--LabApp.user_settings_dir={tmp / 'settings'}"]
+    args += ["--LabApp.expose_app_in_browser=True"]
+    args += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
     with (tmp / "lab.log").open("w") as log:
         env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # as on a reader's machine
         env |= {"DSV3_SHORT": "1", "OMP_NUM_THREADS": "1"}
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=env)
+        server = subprocess.Popen(lab_command(tmp, *args), stdout=log, stderr=log, env=env)
         yield wait_for(f"http://127.0.0.1:{port}", server)
         server.terminate()
         server.wait(20)
@@ -170,6 +185,18 @@ def move(page, control, by: str) -> None:
         )
         at = box["x"] + (0.8 if low else 0.2) * box["width"], box["y"] + box["height"] / 2
         page.mouse.click(*at)
+
+
+def test_the_lab_lists_the_chapters_once_and_shows_their_pictures(lab):
+    """Chapters without the .py beside them, even if a checkout wrote the .ipynb much later."""
+    with urllib.request.urlopen(f"{lab}/api/contents/notebooks") as reply:
+        names = [entry["name"] for entry in json.load(reply)["content"]]
+    assert "00_tour.ipynb" in names and not [x for x in names if x.endswith(".py")]
+    picture = urllib.request.Request(f"{lab}/files/figures/00_model.svg", headers={"Referer": lab})
+    with urllib.request.urlopen(picture) as reply:
+        assert b"<svg" in reply.read()
+    with urllib.request.urlopen(f"{lab}/api/contents/notebooks/01_ops.ipynb") as reply:
+        assert json.load(reply)["type"] == "notebook"
 
 
 @pytest.mark.parametrize("chapter, lines", cells_with_controls())

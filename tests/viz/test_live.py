@@ -172,6 +172,18 @@ def test_a_script_draws_figures_or_prints_the_command(file, capsys):
     assert capsys.readouterr().out == "dsv3 train --steps 3 --out runs/x\n"
 
 
+def test_a_run_is_found_from_the_repository_and_a_missing_one_is_named(tmp_path, monkeypatch):
+    run = tmp_path / "runs/mine"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(text(fake_rows(3)))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert live.find_run("runs/mine") == run
+    assert live.find_run("https://host/metrics.jsonl") == "https://host/metrics.jsonl"
+    with pytest.raises(UserError, match=r"runs/tiny does not exist; runs here: .*runs/mine"):
+        live.watch("runs/tiny")
+
+
 # ── A command ──
 
 
