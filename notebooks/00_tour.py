@@ -57,6 +57,7 @@
 #| export config
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,12 @@ class Config:
 #| export config
 class UserError(ValueError):
     """Mistake of the user: the command line prints its message without a traceback."""
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Return “ (did you mean x?)” with up to three similar names, or "" if none is similar."""
+    similar = difflib.get_close_matches(name, list(names), n=3)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -768,18 +775,17 @@ books(n_routed_experts=512, n_activated_experts=16, moe_inter_dim=1024)
 # %% [markdown]
 # ## In practice: a config from a file
 # Configs come from outside, as JSON. Ignoring an unknown key would train the wrong model in
-# silence, so an unknown name is an error that offers the nearest known one.
+# silence, so an unknown name is an error that offers similar ones.
 
 
 # %%
 #| export config
 def from_dict(values: dict[str, Any]) -> Config:
-    """Build a Config from DeepSeek's field names; an unknown one raises, with the nearest known."""
+    """Build a Config from DeepSeek's field names; an unknown one raises, with similar ones."""
     known = [f.name for f in fields(Config)]
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown config field {name!r}; did you mean {near!r}?")
+            raise UserError(f"unknown config field {name!r}{suggest(name, known)}")
     return Config(**values)
 
 
@@ -793,9 +799,9 @@ def load_config(name: str) -> Config:
             return from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as e:
             raise UserError(f"{path} is not JSON: {e}") from None
-    near = difflib.get_close_matches(name, CONFIGS, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"no config {name!r}: sizes are {', '.join(CONFIGS)} (nearest: {near}), or a .json file"
+        f"no config {name!r}{suggest(name, CONFIGS)}: sizes are {', '.join(CONFIGS)}, "
+        "or a .json file"
     )
 
 
@@ -811,8 +817,8 @@ with tempfile.TemporaryDirectory() as folder:
 print(complaint(lambda: from_dict({"n_expert": 8})))
 print(complaint(lambda: from_dict({"kv_lora_rnk": 512})))
 print(complaint(lambda: load_config("tinny")))
-assert "did you mean 'kv_lora_rank'?" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
-assert "nearest: tiny" in complaint(lambda: load_config("tinny"))
+assert "did you mean kv_lora_rank" in complaint(lambda: from_dict({"kv_lora_rnk": 512}))
+assert "did you mean tiny?" in complaint(lambda: load_config("tinny"))
 
 
 # %% [markdown]

@@ -144,7 +144,7 @@ def test_a_bad_value_is_named(field, value, words):
 
 
 def test_an_unknown_field_names_the_nearest():
-    with pytest.raises(UserError, match="unknown config field 'n_head'; did you mean 'n_heads'"):
+    with pytest.raises(UserError, match=r"unknown config field 'n_head' \(did you mean n_heads"):
         from_dict({"n_head": 3})
 
 
@@ -160,7 +160,7 @@ def test_a_broken_file_and_an_unknown_size_say_so(tmp_path):
     path.write_text("{dim: 3}")
     with pytest.raises(UserError, match="is not JSON"):
         load_config(str(path))
-    with pytest.raises(UserError, match="no config 'tny'.*nearest: tiny"):
+    with pytest.raises(UserError, match="no config 'tny' .did you mean tiny"):
         load_config("tny")
 
 

@@ -68,7 +68,7 @@ def other(use: str, names: str) -> dict[str, ConfigField]:
 
 
 FIELDS: dict[str, ConfigField] = {
-    **honored("text", "model_type"),
+    **honored("string", "model_type"),
     **honored(
         "whole",
         "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers"
@@ -82,7 +82,7 @@ FIELDS: dict[str, ConfigField] = {
         " rope_theta",
     ),
     **honored("object", "rope_scaling rope_parameters quantization_config"),
-    "hidden_act": checked("text", "silu"),
+    "hidden_act": checked("string", "silu"),
     "rope_interleave": checked("boolean", True),
     "attention_bias": checked("boolean", False),
     "mlp_bias": checked("boolean", False),
@@ -91,8 +91,8 @@ FIELDS: dict[str, ConfigField] = {
     "is_encoder_decoder": checked("boolean", False),
     "moe_layer_freq": checked("any", 1),
     "partial_rotary_factor": checked("number", 1.0),
-    "scoring_func": checked("text"),
-    "topk_method": checked("text"),
+    "scoring_func": checked("string"),
+    "topk_method": checked("string"),
     "norm_topk_prob": checked("boolean"),
     "num_key_value_heads": checked("whole"),
     "head_dim": checked("whole"),
@@ -120,7 +120,7 @@ FIELDS: dict[str, ConfigField] = {
     ),
 }
 ROPE_FIELDS: dict[str, ConfigField] = {
-    **honored("text", "rope_type type"),
+    **honored("string", "rope_type type"),
     **honored(
         "number",
         "rope_theta factor original_max_position_embeddings beta_fast beta_slow mscale"
@@ -130,9 +130,9 @@ ROPE_FIELDS: dict[str, ConfigField] = {
     "partial_rotary_factor": checked("number", 1.0),
 }
 QUANTIZATION_FIELDS: dict[str, ConfigField] = {
-    "quant_method": checked("text", "fp8"),
-    "fmt": checked("text", "e4m3"),
-    "activation_scheme": checked("text", "dynamic"),
+    "quant_method": checked("string", "fp8"),
+    "fmt": checked("string", "e4m3"),
+    "activation_scheme": checked("string", "dynamic"),
     "weight_block_size": checked("any", [128, 128]),
     # scales are stored as numbers; the dtype of a stored tensor says whether it is quantized
     **other("harmless", "scale_fmt modules_to_not_convert ignored_layers dequantize"),
@@ -157,7 +157,7 @@ GATES: dict[str, dict[str, tuple]] = {
 }
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "any": ((object,), "any value"),
-    "text": ((str,), "a string"),
+    "string": ((str,), "a string"),
     "whole": ((int,), "a whole number"),
     "number": ((int, float), "a number"),
     "boolean": ((bool,), "true or false"),

@@ -144,6 +144,16 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def check_vocab_size(tokenizer: Tokenizer, num_rows: int, remedy: str) -> None:
+    """Raise a `UserError`, which ends with a remedy, if an embedding has too few rows."""
+    size = vocab_size(tokenizer)
+    if size > num_rows:
+        raise UserError(
+            f"the tokenizer has {size} tokens, the model only {num_rows}: "
+            + remedy.format(size=size)
+        )
+
+
 def check_tokens(prompts: Iterable[Sequence[int]], num_rows: int) -> None:
     """Raise a `UserError` if an embedding of so many rows lacks a token of a prompt.
 

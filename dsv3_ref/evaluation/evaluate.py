@@ -18,7 +18,7 @@ import tyro
 
 from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.checkpoints.hub import offline_if_unreachable
-from dsv3_ref.config import UserError
+from dsv3_ref.config import UserError, suggest
 from dsv3_ref.posttraining.policy import Completion, Policy, truncate_prompts
 from dsv3_ref.posttraining.prompts import (
     TASKS,
@@ -27,7 +27,6 @@ from dsv3_ref.posttraining.prompts import (
     get_task,
     held_out_problems,
     is_task_name,
-    suggest,
 )
 from dsv3_ref.rewards import extract_boxed, majority, pass_at_k
 from dsv3_ref.training.strategy import pick_device

@@ -34,10 +34,11 @@ from dsv3_ref.checkpoints.safetensors_files import (
 from dsv3_ref.checkpoints.sharded import gather_results
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.chat_template import ChatTemplate
-from dsv3_ref.data.tokenizer import load_tokenizer
+from dsv3_ref.data.tokenizer import check_vocab_size, load_tokenizer
 from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.export.gguf_file import find_differences, write_gguf
 from dsv3_ref.export.tokenizer_files import (
+    TOKENIZER,
     copy_tokenizer_files,
     exported_chat_template,
     special_token_ids,
@@ -49,6 +50,7 @@ from dsv3_ref.parallel.mesh import init_distributed
 from dsv3_ref.training.settings import world_size
 
 MAX_WAIT = timedelta(days=1)  # for the rank that has most to write
+OTHER_TOKENIZER = "name a directory with the tokenizer of this model with --like"
 MODEL_CARD = """\
 ---
 library_name: transformers
@@ -158,6 +160,9 @@ def write_weights(checkpoint: Path, folder: Path, args: ExportConfig) -> Weights
     """Write this rank's files of the weights of one checkpoint."""
     reader = open_weights(checkpoint)
     fields = read_fields(reader.config, args)
+    home = find_like(args) or find_tokenizer_dir(args.model)
+    if (home / TOKENIZER).is_file():
+        check_vocab_size(load_tokenizer(home), reader.config.vocab_size, OTHER_TOKENIZER)
     tensors = write_hf_files(
         folder, hf_tensors(reader), fields, getattr(torch, args.dtype), args.fp8, args.shard_bytes,
         *this_rank(),
@@ -192,6 +197,7 @@ def export_gguf(path: Path, model: Transformer, args: ExportConfig) -> None:
     """Write a GGUF file and print where llama.cpp computes something else."""
     home = local_dir(args.like) if args.like else find_tokenizer_dir(args.model)
     tokenizer, settings = load_tokenizer(home), load_tokenizer_settings(home)
+    check_vocab_size(tokenizer, model.config.vocab_size, OTHER_TOKENIZER)
     ids, template = special_token_ids(tokenizer, settings), exported_chat_template(settings)
     adds_bos = ChatTemplate(tokenizer, settings).adds_bos
     write_gguf(path, model, tokenizer, ids, adds_bos, template, args.gguf_type)

@@ -1,16 +1,15 @@
 """Prompt tasks: problems to train on and held-out ones, with answers, worked answers and scores."""
 
-import difflib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from itertools import chain
 from typing import Any, Protocol
 
-from dsv3_ref.config import UserError
+from dsv3_ref.config import UserError, suggest
 from dsv3_ref.data import files
 from dsv3_ref.data.fingerprint import fingerprint_rows
 from dsv3_ref.data.messages import Message, normalize_messages
@@ -447,12 +446,6 @@ def parse_weights(specs: tuple[str, ...]) -> dict[str, float]:
             )
         weights[name] = weight
     return weights
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """Return “ (did you mean x?)” with the most similar names, or "" if none is similar."""
-    similar = difflib.get_close_matches(name, list(names), n=3)
-    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
 
 
 # ── Two forms of an instance (§5.1) ──

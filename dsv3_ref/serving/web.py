@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.files import plural
 from dsv3_ref.decode import SamplingParams
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.serving.config import ChatConfig, api_keys
@@ -307,23 +308,18 @@ def status_line(turn: Turn) -> str:
     """Return a summary of an answer: its length, accepted drafts and dropped turns."""
     if not turn.tokens:
         return "stopped" if turn.stopped else "waiting for the model …"
-    parts = [pluralize(len(turn.tokens), "token")]
+    parts = [plural(len(turn.tokens), "token")]
     if turn.num_speculative_tokens:
         num_drafts = turn.num_draft_steps * turn.num_speculative_tokens
         parts.append(
-            f"{sum(turn.accepted)} of {pluralize(num_drafts, 'draft')} accepted "
-            f"in {pluralize(turn.num_draft_steps, 'step')}"
+            f"{sum(turn.accepted)} of {plural(num_drafts, 'draft')} accepted "
+            f"in {plural(turn.num_draft_steps, 'step')}"
         )
     if turn.stopped:
         parts.append("stopped")
     if turn.num_dropped_turns:
-        parts.append(f"{pluralize(turn.num_dropped_turns, 'old turn')} dropped to fit the context")
+        parts.append(f"{plural(turn.num_dropped_turns, 'old turn')} dropped to fit the context")
     return "; ".join(parts)
-
-
-def pluralize(n: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless n is 1."""
-    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 # ── Event handlers ──
@@ -441,7 +437,7 @@ def page_heading(title: str, generator: TextGenerator[ChatConfig]) -> str:
         f"<h1>{escape(title)}</h1>"
         f"<p>{num_moe_layers} layers of {config.n_routed_experts} experts, "
         f"{config.n_activated_experts} of which process each token; "
-        f"{pluralize(len(generator.model.mtp), 'MTP module')}. Hover over a token of an answer, "
+        f"{plural(len(generator.model.mtp), 'MTP module')}. Hover over a token of an answer, "
         "or move to it with Tab and the arrow keys, to see its experts and their weights. "
         f'<span class="token accepted">{render_text("Underlined", True)}</span> tokens are '
         "accepted drafts.</p>"

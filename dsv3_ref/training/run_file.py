@@ -1,6 +1,5 @@
 """Run files: the options of a command as YAML or JSON, and the record of a run that repeats it."""
 
-import difflib
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 import dsv3_ref
-from dsv3_ref.config import Config, UserError
+from dsv3_ref.config import Config, UserError, suggest
 
 RUN_FILE_SUFFIXES = (".yaml", ".yml", ".json")
 MAX_RUN_FILE = 1 << 20  # characters; PyYAML reads a megabyte in seconds
@@ -198,20 +197,20 @@ def is_group(kind: Any) -> bool:
 def apply_options(default: Any, values: Mapping[str, Any], source: str) -> Any:
     """Return a dataclass of options with other values, nested ones as mappings.
 
-    Raise a `UserError` that names the first wrong key. source: the file, for errors.
+    Raise a `UserError` that names the first wrong key. source: the file and, if the options are
+    nested, their name in it, for errors.
     """
     hints, names = get_type_hints(type(default)), field_names(type(default))
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in names:
-            near = difflib.get_close_matches(name, flat_names(type(default)), 1)
-            hint = f"did you mean {near[0]!r}?" if near else "see --help"
-            raise UserError(f"{source}: there is no option {name!r}; {hint}")
+            hint = suggest(name, flat_names(type(default)))
+            raise UserError(f"{source}: there is no option {name!r}{hint}: see --help")
         if not is_group(hints[name]):
             changes[name] = convert(value, hints[name], f"{source}: {name}")
         elif isinstance(value, dict):
             inner = normalize(value, source)
-            changes[name] = apply_options(getattr(default, name), inner, source)
+            changes[name] = apply_options(getattr(default, name), inner, f"{source}: {name}")
         else:
             raise UserError(f"{source}: {name} must be a mapping of options, not {value!r}")
     is_tuple = hasattr(default, "_replace")

@@ -30,7 +30,7 @@ from dsv3_ref.data.loader import (
 )
 from dsv3_ref.data.sources import Source, open_sources, stored_tokenizer
 from dsv3_ref.data.streams import StreamLoader
-from dsv3_ref.data.tokenizer import BOS, byte_lengths, load_tokenizer, vocab_size
+from dsv3_ref.data.tokenizer import BOS, byte_lengths, check_vocab_size, load_tokenizer, vocab_size
 from dsv3_ref.data.tokenizer_settings import load_tokenizer_settings
 from dsv3_ref.decode import generate
 from dsv3_ref.model import Transformer
@@ -213,12 +213,7 @@ def find_tokenizer(config: TrainConfig, sources: Sequence[Source] = ()) -> Token
             f"the shards were made with another tokenizer than that of {folder}: leave --tokenizer "
             "and --init out, or prepare the shards with this tokenizer"
         )
-    size = vocab_size(tokenizer)
-    if size > max_size:
-        raise UserError(
-            f"the tokenizer has {size} tokens, the model only {max_size}: "
-            f"raise --model.vocab-size to {size}"
-        )
+    check_vocab_size(tokenizer, max_size, "raise --model.vocab-size to {size}")
     return tokenizer
 
 

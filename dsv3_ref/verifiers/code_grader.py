@@ -2,19 +2,30 @@
 
 Expected results never enter the sandbox, because this process compares them. Whatever a program
 reads, patches or prints, it passes only if it outputs the right result.
+
+Models write for judges that have imported the usual modules, so programs find their names, such as
+`List` or `heapq`, without an import.
 """
 
+import builtins
+import importlib
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from dsv3_ref.verifiers.sandbox import LIMITS, Limits, call_function, run_program
 
 RELATIVE_TOLERANCE = 1e-6  # of an expected float
 ZERO_TOLERANCE = 1e-9  # of an expected 0.0
 SPACES = " \t\r\n\v\f"
+USUAL_MODULES = (  # a later one has precedence if two have a name in common
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random",
+    "statistics", "itertools", "functools", "operator", "io", "sys", "json", "typing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class StdinCase:
 
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         """Return whether the program prints what is expected."""
-        result = run_program(program, unix_lines(self.stdin), limits)
+        result = run_program(program, unix_lines(self.stdin), limits, usual_imports(program))
         return result.status == "ok" and output_lines(result.stdout) == output_lines(self.expected)
 
 
@@ -44,11 +55,34 @@ class FunctionCase:
     def passed(self, program: str, limits: Limits = LIMITS) -> bool:
         """Return whether the function returns what is expected."""
         expected = json.loads(json.dumps(self.expected))  # tuples become lists, keys texts
-        result = call_function(program, self.function, self.args, limits)
+        result = call_function(program, self.function, self.args, limits, usual_imports(program))
         try:
             return result.status == "ok" and json_equal(json.loads(result.value), expected)
         except (ValueError, RecursionError, OverflowError):  # not JSON, or malicious JSON
             return False
+
+
+@cache
+def usual_names() -> dict[str, str]:
+    """Return the expressions of what `USUAL_MODULES` export, and of the modules, by name."""
+    names = {}
+    for module in USUAL_MODULES:
+        content = vars(importlib.import_module(module))
+        public = [name for name in content if not name.startswith("_")]
+        for name in content.get("__all__", public):
+            names[name] = f"__import__('{module}').{name}"
+    names |= {module: f"__import__('{module}')" for module in USUAL_MODULES}
+    return {name: value for name, value in names.items() if not hasattr(builtins, name)}
+
+
+def usual_imports(program: str) -> str:
+    """Return statements that make the usual names builtins, as far as a program has these words.
+
+    They are no globals: a program that lacks a function does not have that of a module instead.
+    """
+    names = usual_names()
+    words = sorted(names.keys() & set(re.findall(r"[A-Za-z]\w*", program)))
+    return "\n".join(f"__import__('builtins').{word} = {names[word]}" for word in words)
 
 
 def unix_lines(text: str) -> str:

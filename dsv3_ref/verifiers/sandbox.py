@@ -157,6 +157,7 @@ import os, site
 os.write({started}, b"+")
 os.close({started})
 site.setquit()
+{setup}
 with open("/main.py", "rb") as source:
     __file__, code = source.name, compile(source.read(), source.name, "exec")
 del os, site, source
@@ -337,25 +338,32 @@ def execute(script: str, texts: dict[str, str], stdin: str, limits: Limits) -> E
     return ExecutionResult(status, code, stdout, stderr, value, seconds)
 
 
-def run_program(program: str, stdin: str = "", limits: Limits = LIMITS) -> ExecutionResult:
-    """Run a program on this input; it may use Python's standard library."""
-    return execute(RUN_SCRIPT, {"/main.py": program}, stdin, limits)
+def run_program(
+    program: str, stdin: str = "", limits: Limits = LIMITS, setup: str = ""
+) -> ExecutionResult:
+    """Run a program on this input; it may use Python's standard library.
+
+    setup: statements that run before it, without braces.
+    """
+    return execute(RUN_SCRIPT.replace("{setup}", setup), {"/main.py": program}, stdin, limits)
 
 
 def call_function(
-    program: str, function: str, args: Iterable, limits: Limits = LIMITS
+    program: str, function: str, args: Iterable, limits: Limits = LIMITS, setup: str = ""
 ) -> ExecutionResult:
     """Call a program's function with JSON values; it returns JSON.
 
     function: its name, which may be that of a method of the program's class `Solution`.
+    setup: statements that run before the program, without braces.
     """
     texts = {"/main.py": program, "/args.json": json.dumps(list(args))}
     is_method = (
         f"{function!r} not in globals() and hasattr(globals().get('Solution'), {function!r})"
     )
-    name = f"(Solution().{function} if {is_method} else {function})"
+    name = f"(Solution().{function} if {is_method} else globals()[{function!r}])"
     called = name if function.isidentifier() else function
-    return execute(CALL_SCRIPT.replace("{function}", called), texts, "", limits)
+    script = CALL_SCRIPT.replace("{setup}", setup).replace("{function}", called)
+    return execute(script, texts, "", limits)
 
 
 def map_parallel(work: Callable, *jobs: Iterable, workers: int | None = None) -> list:

@@ -287,11 +287,24 @@ def without_tokenizer(tmp_path: Path, run: Path) -> list:
     return []
 
 
+def with_more_tokens(tmp_path: Path, run: Path) -> list:
+    tokenizer = tok.load_tokenizer(run)
+    tokenizer.add_tokens(["<added1>", "<added2>", "<added3>", "<added4>", "<added5>"])
+    tok.save_tokenizer(tokenizer, run / "tokenizer.json")
+    return []
+
+
 REFUSALS = {
     "a directory with something in it": (nonempty, "out is not an empty directory"),
     "another kind": (like_v2, "--like .*like: it is a deepseek_v2, but the model a deepseek_v3"),
     "our own format": (lambda t, run: ["--like", run], "is not in Hugging Face format"),
     "a name with a typing mistake": (lambda t, run: ["--like", t / "nix"], "is not a directory"),
+    # huggingface/transformers #27053: a tokenizer of 32,004 beside an embedding of 32,000 rows
+    "more tokens than rows": (with_more_tokens, r"has \d+ tokens, the model only \d+: name a dir"),
+    "more tokens than rows in GGUF": (
+        lambda t, run: [*with_more_tokens(t, run), "--gguf", t / "model.gguf"],
+        r"has \d+ tokens, the model only \d+: name a dir",
+    ),
     "no tokenizer": (without_tokenizer, "has no tokenizer.json: name a directory"),
 }
 

@@ -230,6 +230,41 @@ def test_a_function_may_be_a_method_of_the_class_solution(program, result):
     assert FunctionCase("Solution().add", (1, 2), 3).passed(program) is (METHOD in program)
 
 
+LEETCODE = """
+class Solution:
+    def search(self, xs: List[int], x: int) -> Optional[int]:
+        i = bisect_left(xs, x)
+        heapq.heappush(heap := [inf], len(xs))
+        return i if i < len(xs) == heap[0] and xs[i] == x else None
+"""
+SUBMISSIONS = {
+    "leetcode": (LEETCODE, FunctionCase("search", ([1, 3, 7], 3), 1)),  # not `re.search`
+    "stdin": (
+        "from __future__ import annotations\nprint(Counter(stdin.read()).most_common(1)[0][0])",
+        StdinCase("aab", "a"),
+    ),
+    "own": ("def gcd(a, b):\n    return a\nprint(gcd(4, 6))", StdinCase("", "4")),
+    "builtins": ("print(pow(2, 3, 5), hex(7))", StdinCase("", "3 0x7")),  # not `math.pow`
+}
+
+
+@boxed
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_programs_for_judges_that_have_imported_the_usual_modules(name):
+    """A program in LeetCode's form scored 0 (NameError: 'List'); the graders of LiveCodeBench and
+    open-r1 put imports before it."""
+    program, case = SUBMISSIONS[name]
+    assert case.passed(program)
+
+
+@boxed
+def test_a_function_of_a_module_is_not_the_one_asked_for():
+    """A program that defines no `gcd` does not pass with the one of `math`, nor with a builtin."""
+    assert not FunctionCase("gcd", (4, 6), 2).passed("def f():\n    return gcd(4, 6)")
+    assert not FunctionCase("max", (4, 6), 6).passed("max")
+    assert FunctionCase("gcd", (4, 6), 2).passed("from math import gcd")
+
+
 @pytest.mark.parametrize(
     "text, code",
     [

@@ -123,8 +123,8 @@ def test_marked_are_the_drafts_that_the_model_accepted(generator, draft, new, mo
     assert turn.accepted == marks[: len(turn.tokens)]
     assert len(turn.tokens) == len(turn.pieces) <= new
     assert any(turn.accepted) or draft == 0 or new < 11
-    num_drafts = web.pluralize(turn.num_draft_steps * draft, "draft")
-    num_steps = web.pluralize(turn.num_draft_steps, "step")
+    num_drafts = web.plural(turn.num_draft_steps * draft, "draft")
+    num_steps = web.plural(turn.num_draft_steps, "step")
     status = f"{sum(turn.accepted)} of {num_drafts} accepted in {num_steps}"
     assert (status in web.render_turn(turn)) == (draft > 0)
     assert web.render_turn(turn).count("token accepted") == sum(turn.accepted)
