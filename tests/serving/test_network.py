@@ -14,6 +14,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.serve import QueueFull
 from dsv3_ref.serving.config import (
+    ChatConfig,
     GenerateConfig,
     ServeConfig,
     api_keys,
@@ -198,6 +199,14 @@ def test_the_servers_defaults():
     assert args.verify and not args.report_cached_tokens and not args.allow_unauthenticated
 
 
+def test_the_defaults_of_generation_and_of_the_web_page():
+    args = ChatConfig(Path("m"))
+    assert (args.max_new_tokens, args.num_speculative_tokens, args.seed) == (200, 0, 0)
+    assert (args.host, args.port, args.web) == ("127.0.0.1", 7860, False)
+    assert args.verify and not args.compile and args.temperature is args.top_p is None
+    assert GenerateConfig(Path("m")).prompt == ("",)
+
+
 @pytest.mark.parametrize(
     "good, bad, option",
     [
@@ -269,11 +278,13 @@ def test_the_longest_prompt_and_the_largest_body(tokenizer):
 def test_small_bodies_do_not_wait_for_large_ones_and_the_queue_has_an_end(tokenizer):
     pool = TokenizePool(tokenizer, max_tokens=10, max_queue=2)
     release = threading.Event()
+    begun = []
 
     def name() -> str:
         return threading.current_thread().name
 
     def wait() -> str:
+        begun.append(name())
         release.wait(20)
         return name()
 
@@ -285,6 +296,8 @@ def test_small_bodies_do_not_wait_for_large_ones_and_the_queue_has_an_end(tokeni
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
             await pool.run(1, name)
+        await asyncio.sleep(0.02)
+        assert len(begun) == 1  # large ones are read one after another
         release.set()
         return [small, await large, await waiting, await pool.run(1, name)]
 
