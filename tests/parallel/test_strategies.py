@@ -1,4 +1,4 @@
-"""What a strategy does on its rank: threads are ranks, or the engine is a stand-in."""
+"""What a rank does, without processes: threads are ranks, or the engine is a stand-in."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +14,13 @@ from torch import nn
 from dsv3_ref import ops
 from dsv3_ref.checkpoints import manifest, sharded
 from dsv3_ref.config import TINY, UserError, ceil_div
+from dsv3_ref.mla import MLA
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel import data_parallel, mesh_parallel
+from dsv3_ref.parallel import context_parallel, data_parallel, mesh_parallel
+from dsv3_ref.parallel.context_parallel import SequencePart, num_head_groups, split_heads
 from dsv3_ref.parallel.data_parallel import DataParallel
 from dsv3_ref.parallel.mesh_parallel import MeshParallel, default_capacity, with_zero_bubble
-from dsv3_ref.training.objective import RowBatch
+from dsv3_ref.training.objective import RowBatch, Targets
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import SingleProcess
 from dsv3_ref.training.task import Data
@@ -68,7 +70,7 @@ class Ranks:
     def get_world_size(self, group=None) -> int:
         return self.n
 
-    def all_reduce(self, x, op=dist.ReduceOp.SUM):
+    def all_reduce(self, x, op=dist.ReduceOp.SUM, group=None):
         stacked = torch.stack(self.exchange(x.clone()))
         x.copy_(stacked.amax(0) if op == dist.ReduceOp.MAX else stacked.sum(0))
 
@@ -79,6 +81,13 @@ class Ranks:
         found = self.exchange(value)
         if values is not None:
             values[:] = found
+
+    def all_gather_into_tensor(self, out, x, group=None):
+        out.copy_(torch.cat(self.exchange(x.clone())))
+
+    def reduce_scatter_tensor(self, out, x, group=None):
+        rank = self.get_rank()
+        out.copy_(sum(other.chunk(self.n)[rank] for other in self.exchange(x.clone())))
 
     def broadcast_object_list(self, box, src):
         box[:] = self.exchange(list(box))[src]
@@ -429,3 +438,103 @@ def test_a_whole_model_is_loaded_if_its_fp32_weights_just_fit(monkeypatch, capsy
         monkeypatch.setattr(mesh_parallel, "free_memory", lambda device, n=free: n)
         assert (strategy.load_whole_model(Path("run")) is not None) is fits
     assert "dsv3 generate run" in capsys.readouterr().out
+
+
+# ── Sequences that ranks share ──
+
+ENDS = torch.tensor([0, 5, 6, 13], dtype=torch.int32)  # of samples in a row of 13 tokens
+
+
+def sequence_parts(n: int, monkeypatch, *args) -> tuple[Ranks, list[SequencePart]]:
+    """Return ranks, and the part of the sequences that each of them computes."""
+    ranks = Ranks(n)
+    monkeypatch.setattr(context_parallel, "dist", ranks)
+    return ranks, ranks.run(lambda: SequencePart("group", *args))
+
+
+def positions_of(part: SequencePart) -> list[int]:
+    return part.take(torch.arange(part.s)[None])[0].tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("ends", [None, ENDS], ids=["rows", "samples"])
+def test_attention_of_all_ranks_is_that_of_the_whole_sequence(n, ends, monkeypatch):
+    """With its gradients, also where chunks are uneven, or empty."""
+    torch.manual_seed(0)
+    attention = MLA(TINY)
+    for p in attention.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    x_bsd, g_bsd = torch.randn(2, 1 if ends is not None else 2, 13, TINY.dim)
+    x_bsd.requires_grad_()
+    whole = SequencePart(None, 13, ends)
+    y_bsd = attention(x_bsd, whole.rope(TINY, CPU))
+    y_bsd.backward(g_bsd)
+    want = {name: p.grad.clone() for name, p in attention.named_parameters()}
+    attention.zero_grad()
+    ranks, parts = sequence_parts(n, monkeypatch, 13, ends)
+
+    def attend():
+        part = parts[ranks.get_rank()]
+        own_bsd = part.take(x_bsd.detach()).requires_grad_()
+        out_bsd = attention(own_bsd, part.rope(TINY, CPU))
+        out_bsd.backward(part.take(g_bsd))
+        return out_bsd.detach(), own_bsd.grad
+
+    seen = []
+    for part, (out_bsd, grad_bsd) in zip(parts, ranks.run(attend)):
+        own = positions_of(part)
+        assert len(own) == part.num_tokens
+        torch.testing.assert_close(out_bsd, y_bsd.detach()[:, own], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(grad_bsd, x_bsd.grad[:, own], atol=1e-5, rtol=1e-4)
+        seen += own
+    assert sorted(seen) == list(range(13))
+    for name, p in attention.named_parameters():
+        torch.testing.assert_close(p.grad, want[name], atol=1e-4, rtol=1e-4)
+
+
+def test_targets_are_divided_like_the_tokens_before_them(monkeypatch):
+    place_n = torch.tensor([0, 3, 4, 12, 13, 20, 25])
+    targets, found = Targets(place_n, 10 * place_n), []
+    _, parts = sequence_parts(3, monkeypatch, 13)
+    for part in parts:
+        own = part.take_targets(targets, torch.Size((2, 13)))
+        places = part.take(torch.arange(26).view(2, 13)).flatten()[own.place_n]
+        assert torch.equal(own.y_n, 10 * places)
+        found += places.tolist()
+    assert sorted(found) == place_n.tolist()
+    everything = Targets(None, torch.arange(26))
+    assert parts[0].take_targets(everything, torch.Size((2, 13))) is everything
+    assert SequencePart(None, 13).take_targets(targets, torch.Size((2, 13))) is targets
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 13])
+def test_the_last_tokens_of_a_sequence_are_left_out_by_their_ranks(k, monkeypatch):
+    ranks, parts = sequence_parts(3, monkeypatch, 13)
+    shorter = ranks.run(lambda: parts[ranks.get_rank()].without_last(k))
+    seen = []
+    for part in shorter:
+        seen += positions_of(part)
+    assert sorted(seen) == list(range(13 - k))
+    assert SequencePart(None, 13).without_last(k).num_tokens == 13 - k
+    sums = ranks.run(lambda: shorter[0].sum_over_ranks(torch.tensor([1.0 + ranks.get_rank()])))
+    assert [x.item() for x in sums] == [6.0] * 3
+
+
+def test_keys_and_values_are_computed_for_half_as_many_groups_of_heads_as_ranks():
+    assert [num_head_groups(128, 128 * 256, cp, False) for cp in (1, 2, 3, 4, 8, 32)] == [
+        1, 1, 1, 2, 4, 16
+    ]  # fmt: skip
+    assert num_head_groups(6, 96, 10, False) == 3  # five do not divide six heads
+    assert num_head_groups(8, 8 * 64, 16, True) == 4  # two heads are a block of 128 rows in FP8
+    assert num_head_groups(8, 8 * 64, 16, False) == 8 and num_head_groups(8, 64, 16, True) == 1
+
+
+def test_groups_of_heads_share_a_weight_with_its_gradient_and_scales():
+    weight = nn.Parameter(torch.arange(12.0).view(4, 3))
+    weight.main_grad, weight.scale = torch.zeros(4, 3), torch.arange(4.0)
+    parts = split_heads(weight, 2)
+    for part, rows in zip(parts, (slice(0, 2), slice(2, 4)), strict=True):
+        assert torch.equal(part, weight[rows]) and part.wgrad_at_once is True
+        assert torch.equal(part.scale, weight.scale[rows])
+        part.main_grad += 1
+    assert (weight.main_grad == 1).all()
