@@ -33,7 +33,7 @@ TRAIN: Groups = {
     " max_skipped_steps",
     "computation": "device precision micro_batch recompute seed deterministic",
     "parallelism": "pp ep dp cp schedule zero fully_shard ep_ranks_per_node dispatch_dtype"
-    " dispatch_capacity token_dispatcher hang_timeout",
+    " dispatch_capacity token_dispatcher dispatch_sms hang_timeout",
     "checkpoint": "out resume verify save_every keep_latest_k",
     "logging": "val_sequences log expert_load_every peak_tflops profile memory_snapshot"
     " profile_ranks",

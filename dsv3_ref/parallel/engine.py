@@ -25,6 +25,7 @@ from dsv3_ref.parallel.build import (
     owning_ranks,
 )
 from dsv3_ref.parallel.deepep import DeepEPDispatcher
+from dsv3_ref.parallel.fan_out import FanOut
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.rows import LocalRows
@@ -48,6 +49,7 @@ class ParallelEngine:
     of an expert group in one node; 0 dispatches in one hop. precision: that of weights and residual
     stream; in bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend
     `fp8`. dispatch_capacity: the factor of `FixedSizes`; 0 dispatches with exact sizes.
+    fan_out_sms: multiprocessors of the kernels within a node; 0 uses all-to-alls there too.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class ParallelEngine:
         seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
         micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
         objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
-        dispatch_capacity: float = 0.0,
+        dispatch_capacity: float = 0.0, fan_out_sms: int = 0,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
         self.stages_by_rank = stages = stages_by_rank(schedule, mesh.pp)
@@ -74,7 +76,9 @@ class ParallelEngine:
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
         self.traffic, self.num_left_out = Traffic(), 0
         self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
-        dispatcher = self.create_dispatcher(ranks_per_node, fp8, deepep, dispatch_capacity)
+        dispatcher = self.create_dispatcher(
+            ranks_per_node, fp8, deepep, dispatch_capacity, fan_out_sms
+        )
         self.optimizer: ShardOptimizer = ZeroOptimizer(
             self.model, config, mesh, stages, recipe, moments, zero, precision
         )
@@ -102,7 +106,7 @@ class ParallelEngine:
         return ranges
 
     def create_dispatcher(
-        self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float
+        self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float, fan_out_sms: int
     ) -> TapeDispatcher:
         """Create the dispatcher of tokens to the experts, which may all be on this rank."""
         config = self.config
@@ -111,10 +115,16 @@ class ParallelEngine:
         if deepep:
             return DeepEPDispatcher(config, self.mesh.ep_group, fp8)
         levels = dispatch_levels(config, self.mesh, ranks_per_node, self.traffic)
+        if fan_out_sms and not (capacity and self.mesh.device.type == "cuda"):
+            raise UserError(
+                "--token-dispatcher symmetric needs GPUs and fixed sizes: "
+                "set --dispatch-capacity, or leave it out"
+            )
         if not capacity:
             return AllToAllDispatcher(levels, fp8)
         fixed = FixedSizes(capacity, config.n_routed_experts, config.n_activated_experts)
-        return AllToAllDispatcher(levels, fp8, fixed)
+        last_hop = FanOut(levels[-1], fan_out_sms, fp8) if fan_out_sms else None
+        return AllToAllDispatcher(levels, fp8, fixed, last_hop)
 
     def is_first_holder(self, name: str) -> bool:
         """Return whether this rank is the first of those that hold a dense parameter or buffer."""
@@ -218,7 +228,7 @@ class ParallelEngine:
         if not self.counts_traffic:
             return {}
         own = self.traffic
-        own.read_clocks()
+        own.read_device()
         sent = self.all_reduce_sum(*(own.bytes[link] for link in LINKS))
         in_flight_s, exposed_s = self.all_reduce_sum(own.in_flight_s, own.exposed_s)
         return {

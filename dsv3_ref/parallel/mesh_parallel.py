@@ -133,6 +133,7 @@ class MeshParallel:
             state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
             config.token_dispatcher == "deepep", task.objective, self.precision,
             default_capacity(config, self.device),
+            config.dispatch_sms if config.token_dispatcher == "symmetric" else 0,
         )  # fmt: skip
 
     def load_weights(self, init: Path) -> None:

@@ -10,9 +10,10 @@ depends on the routing, so it never waits for the device.
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -48,27 +49,44 @@ class Traffic:
     in_flight_s: float = 0.0  # from start to end, summed over all-to-alls
     exposed_s: float = 0.0  # the part of it during which this rank was waiting
     clocks: list["CUDAClock"] = field(default_factory=list)  # not read yet
+    counts: list[tuple[list[str], Tensor]] = field(default_factory=list)  # bytes, not read yet
 
     def clear(self) -> None:
         """Reset all counts to zero."""
         self.bytes.clear()
         self.clocks.clear()
+        self.counts.clear()
         self.in_flight_s = self.exposed_s = 0.0
 
     def start_clock(self, device: torch.device) -> "HostClock | CUDAClock":
         """Return the clock of an all-to-all that starts now."""
         return CUDAClock(self) if device.type == "cuda" else HostClock(self)
 
-    def read_clocks(self) -> None:
-        """Add the times that the device has measured; the host waits for the last of them."""
+    def count_later(self, links: list[str], bytes_i: Tensor) -> None:
+        """Note the bytes sent over each link, which only the device knows."""
+        self.counts.append((links, bytes_i))
+
+    def read_device(self) -> None:
+        """Add the times and bytes that the device has measured; the host waits for them."""
         for clock in self.clocks:
             clock.read()
+        for links, bytes_i in self.counts:
+            for link, n in zip(links, bytes_i.tolist()):
+                self.bytes[link] += n
         self.clocks.clear()
+        self.counts.clear()
 
     @property
     def hidden(self) -> float:
         """The fraction of the all-to-alls' time that was hidden behind computation."""
         return 1 - self.exposed_s / self.in_flight_s if self.in_flight_s else 1.0
+
+
+class InFlight(Protocol):
+    """A transfer that has begun: a `dist.Work`, or kernels."""
+
+    def wait(self) -> object:
+        """Wait for it; on CUDA only the current stream does."""
 
 
 class HostClock:
@@ -77,7 +95,7 @@ class HostClock:
     def __init__(self, traffic: Traffic):
         self.traffic, self.start = traffic, time.perf_counter()
 
-    def wait(self, work: dist.Work) -> None:
+    def wait(self, work: InFlight) -> None:
         """Wait until the rows are there, and add the times."""
         wait_start = time.perf_counter()
         work.wait()
@@ -104,7 +122,7 @@ class CUDAClock:
         event.record()
         return event
 
-    def wait(self, work: dist.Work) -> None:
+    def wait(self, work: InFlight) -> None:
         """Let the current stream wait until the rows are there; `read` adds the times."""
         self.computed = self.record()
         device = torch.cuda.current_device()
@@ -371,18 +389,33 @@ class LevelLayout:
         return x_md, mask_remote_weights(weight_mk, self.expert_mk)
 
 
+# (rows, weights, expert ids, FP8 values and scales or None) → the weighted sums of a rank's experts
+ApplyLocally = Callable[[Tensor, Tensor, Tensor, Quantized | None], Steps[Tensor]]
+
+
+class LastHop(Protocol):
+    """Kernels that take the place of the last level's all-to-alls if sizes are fixed."""
+
+    def apply(
+        self, tape: Tape, fixed: FixedSizes, capacity: int, x_nd: Tensor, weight_nk: Tensor,
+        expert_nk: Tensor, quantized: Quantized | None, apply_locally: ApplyLocally,
+    ) -> Steps[Tensor]:  # fmt: skip
+        """Return the sums of apply_locally's results at the ranks that each token goes to."""
+
+
 class AllToAllDispatcher:
     """A dispatcher of a micro-batch's tokens by one or two levels of all-to-alls, on a tape.
 
     Without levels all experts are on this rank. fixed: the sizes of all messages and products, or
-    None for exact sizes.
+    None for exact sizes. last_hop: kernels for the last level, which only fixed sizes use.
     """
 
     def __init__(
-        self, levels: list[DispatchLevel], fp8: bool = False, fixed: FixedSizes | None = None
-    ):
+        self, levels: list[DispatchLevel], fp8: bool = False, fixed: FixedSizes | None = None,
+        last_hop: LastHop | None = None,
+    ):  # fmt: skip
         self.levels, self.fp8 = levels, fp8
-        self.fixed = fixed
+        self.fixed, self.last_hop = fixed, last_hop
 
     @contextmanager
     def exact_sizes(self) -> Iterator[None]:
@@ -415,6 +448,14 @@ class AllToAllDispatcher:
             return tape.run(
                 lambda x, w: apply_local_experts(experts, x, w, expert_nk, quantized, max_rows),
                 x_nd, weight_nk,
+            )  # fmt: skip
+        if self.fixed and self.last_hop and len(levels) == 1:
+            apply_locally = partial(self.apply_levels, [], sizes[1:], tape, experts)
+            return (
+                yield from self.last_hop.apply(
+                    tape, self.fixed, sizes[0], x_nd, weight_nk, expert_nk, quantized,
+                    apply_locally,
+                )
             )  # fmt: skip
         if sizes:
             layout = self.fixed_layout(levels[0], sizes[0], expert_nk)

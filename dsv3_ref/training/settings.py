@@ -136,8 +136,11 @@ class TrainConfig:
     """rows per destination in a dispatch, as a multiple of the mean: with fixed sizes the host
     never waits for the GPU within a step; a step that needs more is repeated with exact sizes; 0:
     always exact sizes"""
-    token_dispatcher: Literal["alltoall", "deepep"] = "alltoall"
-    """library that sends tokens to experts: torch.distributed, or DeepEP if it is installed"""
+    token_dispatcher: Literal["alltoall", "deepep", "symmetric"] = "alltoall"
+    """what sends tokens to experts: all-to-alls of torch.distributed; DeepEP if it is installed;
+    symmetric: Triton kernels within a node, over symmetric memory, and all-to-alls between nodes"""
+    dispatch_sms: int = 20
+    """multiprocessors of each kernel of --token-dispatcher symmetric"""
     hang_timeout: float = 600.0
     """seconds that one operation may take before all ranks exit and report the late one"""
     deterministic: bool = False
@@ -458,7 +461,7 @@ CHANGEABLE_ON_RESUME = {
     "keep_latest_k", "val_sequences", "log", "pp", "ep", "dp", "schedule", "zero", "fully_shard",
     "cp", "deterministic", "profile", "memory_snapshot", "profile_ranks", "peak_tflops",
     "expert_load_every",
-    "ep_ranks_per_node", "dispatch_capacity", "token_dispatcher", "hang_timeout",
+    "ep_ranks_per_node", "dispatch_capacity", "token_dispatcher", "dispatch_sms", "hang_timeout",
 }  # fmt: skip
 
 

@@ -350,7 +350,7 @@ def test_cuda_events_tell_the_exchange_from_the_computation(monkeypatch):
         now["network"] = now["compute"] + exchange
         now["compute"] += computing
         clock.wait(Work())
-    traffic.read_clocks()
+    traffic.read_device()
     assert traffic.exposed_s == pytest.approx(0.070) and not traffic.clocks
     assert traffic.in_flight_s == pytest.approx(0.140) and traffic.hidden == pytest.approx(0.5)
 
