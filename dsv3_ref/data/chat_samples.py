@@ -14,7 +14,13 @@ from dsv3_ref.data.chat_template import (
     after_open_thought,
 )
 from dsv3_ref.data.jinja_template import GENERATION_MARKS, JinjaTemplate
-from dsv3_ref.data.messages import REASONING, Message, has_loss, normalize_messages
+from dsv3_ref.data.messages import (
+    REASONING,
+    Message,
+    has_loss,
+    normalize_messages,
+    without_thoughts,
+)
 
 AnswerSpan = tuple[int, int]  # start and end of an answer in a text
 
@@ -33,9 +39,13 @@ def render_sample(
 
     A message with `"weight": 0` or `"train": false` has no loss. Answers are tokenized apart from
     what surrounds them, as they are when the model writes them. Raises a `UserError` if the last
-    turn is not the assistant's, or if the template drops part of an answer.
+    turn is not the assistant's, or if the form drops part of a learned answer, such as thoughts.
     """
     template = chat.find_template(tools)
+    if template is None and isinstance(messages, list | tuple):
+        messages = [
+            m if isinstance(m, dict) and has_loss(m) else without_thoughts(m) for m in messages
+        ]
     turns = normalize_messages(messages, template.mentions if template else OWN_ROLES.__contains__)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if len(turns) - 1 not in answers:

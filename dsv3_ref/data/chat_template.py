@@ -26,6 +26,7 @@ from dsv3_ref.data.messages import (
     Message,
     iter_texts,
     normalize_messages,
+    without_thoughts,
 )
 from dsv3_ref.data.tokenizer import ASSISTANT, BOS, EOS, get_special_tokens, load_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
@@ -332,9 +333,15 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: list[Any] | None, variables: dict[str, Any],
         add_generation_prompt: bool, continue_final_message: bool,
     ) -> list[int]:  # fmt: skip
-        """Return the tokens of a conversation in V3's own form (chapter 14)."""
+        """Return the tokens of a conversation in V3's own form (chapter 14).
+
+        It has no thoughts: those of a conversation are dropped, but not of an answer to continue.
+        """
         from dsv3_ref.sft import render_conversation  # needs torch, which `dsv3 data` does not load
 
+        if isinstance(messages, list | tuple):
+            num_past = len(messages) - continue_final_message
+            messages = [*map(without_thoughts, messages[:num_past]), *messages[num_past:]]
         turns = normalize_messages(messages, OWN_ROLES.__contains__)
         tokens = render_conversation(turns, self.encode, self.special_tokens)
         is_answered = turns[-1]["role"] == "assistant"

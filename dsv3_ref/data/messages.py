@@ -125,6 +125,19 @@ def place_thoughts(
     return rest | {"content": f"{begin}\n{thoughts.strip()}\n{end}{gap}{content}"}
 
 
+def without_thoughts(turn: Any) -> Any:
+    """Return a message without its thoughts if it is an assistant's; anything else unchanged.
+
+    V3's own form has no place for them, and the templates of R1 and V3.1 drop them, too. What is
+    left of an answer that was cut off while the model thought is an empty one.
+    """
+    is_answer = isinstance(turn, dict) and turn.get("role") == "assistant"
+    if not is_answer or not any(turn.get(name) for name in REASONING):
+        return turn
+    rest = {k: v for k, v in turn.items() if k not in REASONING}
+    return rest | ({"content": ""} if rest.get("content") is None else {})
+
+
 def normalize_call(call: Any) -> Any:
     """Return a call of a tool with `CallArguments`; anything else unchanged."""
     function = call.get("function") if isinstance(call, dict) else None

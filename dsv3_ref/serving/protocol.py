@@ -22,7 +22,7 @@ from dsv3_ref.serving.fields import (
     stop_tokens,
     string,
 )
-from dsv3_ref.serving.thoughts import ThoughtParser
+from dsv3_ref.serving.thoughts import ThoughtParser, ThoughtPassage
 from dsv3_ref.serving.tool_calls import AnswerParser, AnswerPart, CallMarks
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -205,7 +205,7 @@ class CompletionRequest:
         """Return a parser of one answer."""
         if self.separates_reasoning:
             return AnswerParser(self.call_marks, thoughts=ThoughtParser(self.opening))
-        return AnswerParser(self.call_marks, self.opening)
+        return AnswerParser(self.call_marks, thoughts=ThoughtPassage(self.opening))
 
 
 def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest:

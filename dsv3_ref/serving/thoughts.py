@@ -9,6 +9,39 @@ BEGIN, END = THINK_TAGS
 
 
 @dataclass
+class ThoughtPassage:
+    """Incremental parser that finds where an answer's thoughts end, and keeps them with their tags.
+
+    What looks like a call of a tool in them is none.
+    """
+
+    pending: str = ""  # not yet returned; at first, what the answer begins with
+    place: str = "before"  # the thoughts, or "inside" or "past" them
+
+    def push(self, text: str, is_last: bool = False) -> tuple[str, str]:
+        """Append text; return what is certain of the thoughts, tags included, and of the rest."""
+        self.pending += text
+        start = self.pending.lstrip()
+        if self.place == "before" and start.startswith(BEGIN):
+            self.place = "inside"
+        elif self.place == "before" and (is_last or not BEGIN.startswith(start)):
+            self.place = "past"
+        thoughts, rest = "", ""
+        if self.place == "inside":
+            before, end, after = self.pending.partition(END)
+            keep = 0 if is_last or end else partial_stop_length(before, END)
+            thoughts, self.pending = (
+                before[: len(before) - keep] + end,
+                before[len(before) - keep :],
+            )
+            if end:
+                self.place, self.pending = "past", after
+        if self.place == "past":
+            rest, self.pending = self.pending, ""
+        return thoughts, rest
+
+
+@dataclass
 class ThoughtParser:
     """Incremental parser that divides an answer into thoughts and what follows them.
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.serving.detokenizer import partial_stop_length, special_ids
 from dsv3_ref.serving.fields import JSONObject
-from dsv3_ref.serving.thoughts import ThoughtParser
+from dsv3_ref.serving.thoughts import ThoughtParser, ThoughtPassage
 
 FENCE_BEGIN, FENCE_END = "\n```json\n", "\n```"  # around V3's and R1's arguments
 
@@ -70,8 +70,9 @@ class AnswerParser:
     """
 
     marks: CallMarks | None
-    pending: str = ""  # not yet returned; at first, what the text begins with
-    thoughts: ThoughtParser | None = None  # None: thoughts are text
+    pending: str = ""  # not yet returned
+    # divides thoughts, in which no call is found, from the answer, or passes them on as its text
+    thoughts: ThoughtParser | ThoughtPassage = field(default_factory=ThoughtPassage)
     is_inside: bool = False  # between the marks around calls
     num_searched: int = 0  # pending characters without the end of the call that they begin
     num_calls: int = 0
@@ -79,9 +80,11 @@ class AnswerParser:
 
     def push(self, text: str, is_last: bool = False) -> AnswerPart:
         """Append text and return what is now certain. is_last: nothing will follow."""
-        thoughts, text = self.thoughts.push(text, is_last) if self.thoughts else ("", text)
+        thoughts, text = self.thoughts.push(text, is_last)
         self.pending += text
         texts: list[str] = []
+        if isinstance(self.thoughts, ThoughtPassage):
+            texts, thoughts = [thoughts], ""
         calls: list[JSONObject] = []
         while self.marks and self.may_read(self.marks) and self.read_part(self.marks, texts, calls):
             self.num_searched = 0

@@ -187,7 +187,6 @@ def test_an_answer_is_continued_unless_a_new_one_is_wanted(here, post):
         pytest.param(turn("assistant", tool_calls=[{"id": "1"}]), "tool_calls", id="calls"),
         pytest.param(turn("assistant", function_call={"name": "f"}), "function_call", id="call"),
         pytest.param(turn("tool", tool_call_id="1"), "tool", id="tool"),
-        pytest.param(turn("assistant", reasoning_content="hm"), "reasoning_content", id="thoughts"),
         pytest.param(turn("user", [{"type": "image_url"}]), "text", id="image"),
         pytest.param(turn("narrator"), "narrator", id="role"),
         pytest.param(turn("user", 5), "5", id="number"),

@@ -17,8 +17,9 @@ from dsv3_ref.data.chat_samples import render_sample
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.data.conversations import read_conversations
 from dsv3_ref.data.messages import normalize_messages
+from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
-from dsv3_ref.serving.thoughts import ThoughtParser
+from dsv3_ref.serving.thoughts import ThoughtParser, ThoughtPassage
 from dsv3_ref.serving.tool_calls import FORMS as MARKS
 from dsv3_ref.serving.tool_calls import AnswerParser
 
@@ -71,6 +72,58 @@ def test_calls_follow_thoughts_and_are_not_found_in_them():
     assert "".join(part.text for part in parts) == "I look."
     assert len(list(chain.from_iterable(part.calls for part in parts))) == 1
     assert parser.finish_reason("stop") == "tool_calls"
+
+
+@pytest.mark.parametrize("marks", MARKS)
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_calls_in_thoughts_that_stay_text_are_text(marks, opening):
+    """Where a client does not separate thoughts, a call that the model thinks of is none."""
+    call = f"{marks.begin}{marks.call}f{marks.separator}{{}}{marks.end_of_call}{marks.end}"
+    thoughts = f"I could {call}</think>"
+    parser = AnswerParser(marks, thoughts=ThoughtPassage(opening))
+    written = f"{thoughts}I look.{call}" if opening else f"<think>\n{thoughts}I look.{call}"
+    parts = [parser.push(x) for x in written]
+    parts.append(parser.push("", is_last=True))
+    assert "".join(part.text for part in parts) == f"<think>\n{thoughts}I look."
+    assert len(list(chain.from_iterable(part.calls for part in parts))) == 1
+    assert not any(part.thoughts for part in parts)
+
+
+@pytest.mark.parametrize("text", ["<think>so</thi", " <thin", "2</think>", "", "<think>", "so"])
+def test_thoughts_that_stay_text_lose_no_character(text):
+    for whole in (text, [*text]):
+        parser = AnswerParser(MARKS[0])
+        parts = [parser.push(piece) for piece in whole] + [parser.push("", is_last=True)]
+        assert "".join(part.text for part in parts) == text
+
+
+# ── V3's own form ──
+
+
+def test_the_own_form_forgets_thoughts_of_earlier_turns():
+    """Clients send back what they received; the templates of R1 and V3.1 drop it."""
+    chat = ChatTemplate(train_tokenizer(["a"], 265))
+    answer = {"role": "assistant", "content": "2"}
+    plain = [*ASK, answer, *ASK]
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        thinking = [*ASK, answer | {field: "so"}, *ASK]
+        assert chat.render_prompt(thinking) == chat.render_prompt(plain)
+    cut_off = {"role": "assistant", "content": None, "reasoning_content": "so it"}
+    empty = [*ASK, answer | {"content": ""}, *ASK]
+    assert chat.render_prompt([*ASK, cut_off, *ASK]) == chat.render_prompt(empty)
+    for refused in ([*ASK, answer | {"reasoning_content": "so"}], [ASK[0] | {"reasoning": "so"}]):
+        with pytest.raises(UserError, match="has 'reasoning.*cannot express"):
+            chat.render_prompt(refused)  # an answer to continue, and a user's
+
+
+def test_the_own_form_learns_no_answer_without_its_thoughts():
+    chat = ChatTemplate(train_tokenizer(["a"], 265))
+    answer = {"role": "assistant", "content": "2"}
+    thinking = answer | {"reasoning_content": "so"}
+    with pytest.raises(UserError, match="has 'reasoning_content'.*leave it out"):
+        render_sample(chat, [*ASK, thinking, *ASK, answer])
+    sample = render_sample(chat, [*ASK, thinking | {"weight": 0}, *ASK, answer])
+    assert sample == render_sample(chat, [*ASK, answer | {"weight": 0}, *ASK, answer])
 
 
 # ── Over HTTP ──
