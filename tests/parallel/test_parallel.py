@@ -483,8 +483,8 @@ SHAPES = [
 ]  # fmt: skip
 MORE_SHAPES = [
     ((4, 1, 2), "1f1b", True, 0), ((2, 2, 2), "zb1p", True, 0), ((4, 1, 2), "dualpipe", True, 0),
-    ((2, 1, 4), "dualpipe", False, 2), ((4, 1, 2), "dualpipev", True, 0), ((2, 1, 4), "dualpipev", False, 0),
-    ((4, 2, 1), "gpipe", True, 0),
+    ((2, 1, 4), "dualpipe", False, 2), ((4, 1, 2), "dualpipev", True, 0),
+    ((2, 1, 4), "dualpipev", False, 0), ((4, 2, 1), "gpipe", True, 0),
 ]  # fmt: skip
 SHAPES += [pytest.param(*case, marks=pytest.mark.full) for case in MORE_SHAPES]
 
