@@ -221,12 +221,13 @@ def test_the_report_page_names_real_lines(built):
 
 def test_an_equation_is_found_from_the_report(built):
     root, site = built
-    equation, chapter, module, function = "eq. 27", "16_grpo", "dsv3_ref/grpo", "def kl_k3("
+    want = ("eq. 27", "16_grpo.html#paper", "dsv3_ref/grpo", "def kl_k3(")
     if root != ROOT:
-        equation, chapter, module, function = "eq. 1", "07_x", "dsv3_ref/one", "def f("
+        want = ("eq. 1", "07_x.html#why", "dsv3_ref/one", "def f(")
+    equation, place, module, function = want
     rows = text(site, "report.html").split("<tr")
     row = next(r for r in rows if equation in r)
-    assert f"notebooks/{chapter}.html#{'paper' if root == ROOT else 'why'}" in row
+    assert f"notebooks/{place}" in row
     line = re.search(rf"{module}\.html#L(\d+)", row)[1]
     assert function in (root / f"{module}.py").read_text().splitlines()[int(line) - 1]
 
