@@ -13,12 +13,13 @@ from hypothesis import register_random, settings
 ROOT = Path(__file__).resolve().parent.parent
 # With several workers (pytest -n 2) these files start first, so that no long one comes last.
 LONGEST = [
-    "viz/test_browser.py", "parallel/test_cluster.py", "kernels/test_aot.py",
-    "tools/test_notebooks.py", "studies/test_align.py", "tools/test_site.py",
-    "training/test_train.py", "parallel/test_parallel.py", "serving/test_serve.py",
-    "viz/test_live.py", "parallel/test_replicas.py", "kernels/test_kernels_model.py",
-    "verifiers/test_sandbox.py", "serving/test_limits.py", "evaluation/test_evaluate.py",
-    "parallel/test_watchdog.py", "tools/test_contracts.py", "tools/test_house.py",
+    "viz/test_browser.py", "tools/test_notebooks.py", "parallel/test_resident_weights.py",
+    "parallel/test_cluster.py", "studies/test_align.py", "serving/test_serve.py",
+    "parallel/test_parallel.py", "kernels/test_aot.py", "training/test_train.py",
+    "serving/test_limits.py", "viz/test_live.py", "parallel/test_sharded.py",
+    "parallel/test_fully_sharded.py", "parallel/test_fixed_sizes.py", "parallel/test_deepep.py",
+    "parallel/test_replicas.py", "kernels/test_kernels_model.py", "verifiers/test_sandbox.py",
+    "evaluation/test_evaluate.py", "tools/test_contracts.py", "tools/test_house.py",
 ]  # fmt: skip
 # Cases of these files may go to different workers; the tests of any other file share fixtures.
 DIVISIBLE = re.compile(
