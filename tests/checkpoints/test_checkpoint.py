@@ -564,7 +564,7 @@ native.save(model, sys.argv[1], shard_bytes=20_000)
 """
 
 
-@pytest.mark.parametrize("when", ["write", "rename"])
+@pytest.mark.parametrize("when", [pytest.param("write", marks=pytest.mark.full), "rename"])
 def test_kill_9(model, ours, when):
     """Killed while writing, and between the two renames: the checkpoint before is still read."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(ours), when])

@@ -73,7 +73,12 @@ def shrunk(row) -> list[dict]:
     return [row(i) for i in range(99)]
 
 
-@pytest.mark.parametrize("name", RUNS)
+MORE = {"train streaming", "extend", "reward"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.full) if n in MORE else n for n in RUNS]
+)
 def test_a_run_is_not_resumed_with_other_data(name, home, capsys):
     """New rows silently moved the split into training and validation (TensorAuto/OpenTau#502)."""
     words, data = RUNS[name]

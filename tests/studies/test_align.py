@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import miniruns
@@ -15,8 +16,11 @@ from dsv3_ref.checkpoints import atomic
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import load_tokenizer
-from dsv3_ref.posttraining.policy import Completion
+from dsv3_ref.posttraining.grpo import GRPOConfig
+from dsv3_ref.posttraining.policy import Completion, Policy
 from dsv3_ref.posttraining.prompts import TASKS, THINK_PROMPT, sft_variants
+from dsv3_ref.posttraining.reward import RewardConfig
+from dsv3_ref.posttraining.sft import SFTConfig
 from dsv3_ref.rewards import extract_boxed
 from dsv3_ref.studies import align, reward
 from dsv3_ref.studies.stages import StageRunner, run_in_subprocess
@@ -73,6 +77,14 @@ def test_half_of_the_open_answers_are_worsened():
 # ── Stages ──
 
 
+complete = Policy.complete
+
+
+def complete_shortly(policy, prompts, num_generations, max_new_tokens, temperature):
+    """`Policy.complete` with at most six new tokens: the tiny model writes nothing of sense."""
+    return complete(policy, prompts, num_generations, min(max_new_tokens, 6), temperature)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Provide small tasks and a pre-trained tiny model."""
@@ -84,8 +96,13 @@ def home(tmp_path_factory):
         p.chdir(folder)
         for name, task in list(TASKS.items()):
             small, (practiced, held) = copy.copy(task), task.problems
-            small.problems = practiced[:60], held[:3]
+            small.problems = practiced[:60], held[:1]
             p.setitem(TASKS, name, small)
+        for stage, size in ((SFTConfig, 24), (RewardConfig, 32), (GRPOConfig, 4)):
+            recipe = stage.RECIPES["tiny"]
+            smaller = replace(recipe, global_batch_size=size, start_batch_size=size)
+            p.setitem(stage.RECIPES, "tiny", smaller)
+        p.setattr(Policy, "complete", complete_shortly)
         for name, value in (
             ("NUM_WORKED_SUMS", 60),
             ("NUM_WORKED_OTHERS", 10),

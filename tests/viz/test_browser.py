@@ -23,7 +23,13 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-QUICK = {"12_dualpipe"}  # a list and sliders, for `make test`; all together take minutes
+SHORT_CHAPTER = """from dsv3_ref.viz import figure, play, show
+def draw(power, factor):
+    fig, ax = figure()
+    ax.plot([factor * x**power for x in range(5)])
+    show(fig)
+play(draw, power=[1, 2, 3], factor=(0.0, 4.0, 0.5))
+"""  # in the place of chapters, which take minutes all together
 RUN_ALL = """async () => {
     const notebook = jupyterapp.shell.currentWidget;
     await notebook.context.ready;
@@ -67,12 +73,12 @@ pytestmark = [
 
 
 def cells_with_controls() -> list:
-    """Return (chapter, lines of cells with controls); most are for `make test-full`."""
-    params = []
+    """Return (chapter, lines of cells with controls); chapters are for `make test-full`."""
+    params = [pytest.param("short", [SHORT_CHAPTER.splitlines()[-1]], id="short")]
     for path in sorted(NOTEBOOKS.glob("[0-9]*.py")):
         lines = re.findall(r"^(?:play|explore_routing)\(.*", path.read_text(), re.M)
-        marks = [] if path.stem in QUICK else [pytest.mark.full]
-        params += [pytest.param(path.stem, lines, id=path.stem, marks=marks)] if lines else []
+        chapter = pytest.param(path.stem, lines, id=path.stem, marks=pytest.mark.full)
+        params += [chapter] if lines else []
     return params
 
 
@@ -95,6 +101,11 @@ def lab(tmp_path_factory):
     os.utime(tmp / "notebooks/01_ops.py", (0, 0))  # decades older than its .ipynb
     shutil.copytree(NOTEBOOKS.parent / "figures", tmp / "figures")
     shutil.copy(NOTEBOOKS.parent / "pyproject.toml", tmp)  # settings of jupytext
+    cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    cell |= {"id": "short", "source": SHORT_CHAPTER}
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    short = {"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (tmp / "notebooks/short.ipynb").write_text(json.dumps(short))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -144,7 +144,7 @@ def test_smoothing_reduces_noise():
 # ── Plots ──
 
 
-@pytest.mark.parametrize("steps", [1, 2, 500])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.full), 500])
 @pytest.mark.parametrize("key", PLOTS)
 def test_every_plot_shows_its_data(key, steps):
     fig = PLOTS[key](fake_rows(steps))
@@ -175,7 +175,7 @@ def test_titles_stay_inside_and_do_not_overlap(key):
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
-@pytest.mark.parametrize("steps", [1, 2, 60])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.full), 60])
 @pytest.mark.parametrize("plot", [rl.plot_rewards, rl.plot_rl_metrics])
 def test_rl_plots_show_their_data(plot, steps):
     fig = plot(rl_rows(steps))
