@@ -357,13 +357,23 @@ def describe(path: str, operator: str, occurrence: int, code: str, changed: str)
     return Mutant(path, operator, occurrence, line + 1, before[line].strip(), after[line].strip())
 
 
+def is_python(code: str) -> bool:
+    """Return whether a text can be compiled: cosmic-ray takes the stars of `{**x}` for a power."""
+    try:
+        compile(code, "", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
 def draw(path: str, size: int, seed: int) -> list[Mutant]:
     """Return a random sample of a file's mutants in the order of their lines; size 0: all."""
     code = (ROOT / path).read_text(encoding="utf-8")
     places = places_of(code)
     if size and len(places) > size:
         places = random.Random(f"{seed} {path}").sample(places, size)
-    mutants = [describe(path, *place, code, mutate(code, *place)) for place in places]
+    changed = [(place, mutate(code, *place)) for place in places]
+    mutants = [describe(path, *place, code, text) for place, text in changed if is_python(text)]
     return sorted(mutants, key=lambda m: (m.line, m.operator, m.occurrence))
 
 

@@ -129,6 +129,15 @@ def test_each_place_is_changed_once():
     assert mutation.mutate(code, "core/AddNot", 99) is None
 
 
+def test_the_stars_of_a_dict_are_no_power(tmp_path, monkeypatch):
+    pytest.importorskip("cosmic_ray")
+    monkeypatch.setattr(mutation, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("def f(a, b):\n    return {**a, 'x': b**2}\n")
+    found = {mutant.after for mutant in mutation.draw("a.py", 0, 1)}
+    assert "return {**a, 'x': b*2}" in found
+    assert all("{**a" in text for text in found)
+
+
 def test_equivalent_mutants_do_not_count(tmp_path, monkeypatch):
     known = [{"path": "a.py", "before": "x = 1", "after": "x = 2", "reason": "only speed"}]
     (tmp_path / "known.json").write_text(json.dumps(known))
