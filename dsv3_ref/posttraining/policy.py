@@ -129,6 +129,7 @@ class Policy:
         check_prompt_length(self.model, prompts, max_new_tokens)
         stops = self.chat.stop_token_ids
         rollouts = self.rollout_fn(prompts, num_generations, max_new_tokens, stops, temperature)
+        self.check_tokens(rollouts[0])
         batch = []
         for i, (tokens, logps) in enumerate(zip(*rollouts)):
             is_finished = tokens[-1] in stops
@@ -138,6 +139,15 @@ class Policy:
                 text = self.chat.opened_thought(prompt) + text
             batch.append(Completion(prompt, tokens, logps, text, is_finished))
         return batch
+
+    def check_tokens(self, completions: list[list[int]]) -> None:
+        """Raise a `UserError` if the model lacks a token that another engine has written."""
+        largest, vocab_size = max(map(max, completions), default=0), self.model.config.vocab_size
+        if largest >= vocab_size:
+            raise UserError(
+                f"an engine wrote token {largest}, but the model has only {vocab_size}: start the "
+                "engine with the model that is trained"
+            )
 
     def sample_votes(self, answers: Sequence[tuple[str, str]], k: int) -> torch.Tensor:
         """Sample k votes on each (question, answer) at temperature 1, (n, k): True is a yes."""

@@ -9,8 +9,9 @@ import os
 import random
 import urllib.error
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from http.client import HTTPException
 from itertools import cycle
@@ -20,6 +21,7 @@ from typing import Any
 from dsv3_ref.config import UserError
 
 REQUESTS_PER_ENGINE = 64  # at a time; an engine batches them
+MIN_LOGP, MAX_LOGP = -1e6, 1e-3  # of a token; NaN and the infinities are none
 TIMEOUT = 3600.0  # seconds that an engine may take to sample a group or to load weights
 
 
@@ -31,8 +33,20 @@ class RolloutEngine:
         self.headers = {"Content-Type": "application/json"}
         if api_key:
             self.headers["Authorization"] = f"Bearer {api_key}"
-        model = self.call("/v1/models")["data"][0]
-        self.model, self.kind = model["id"], model.get("owned_by", "")
+        with self.expect_protocol("/v1/models"):
+            model = self.call("/v1/models")["data"][0]
+            self.model, self.kind = model["id"], model.get("owned_by", "")
+
+    @contextmanager
+    def expect_protocol(self, path: str) -> Iterator[None]:
+        """Raise a `UserError` in the place of what the code inside raises for other JSON."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError) as e:
+            raise UserError(
+                f"--rollout {self.url}{path} did not answer as OpenAI's API does ({e!r}): is it an "
+                "engine?"
+            ) from None
 
     def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the JSON that the engine answers to a POST of `body`, or to a GET without one."""
@@ -58,20 +72,35 @@ class RolloutEngine:
             self.call("/update_weights_from_disk", {"model_path": str(folder)})
 
     def sample(self, prompt: list[int], params: dict[str, Any]) -> list[tuple[list[int], list]]:
-        """Return (tokens, log π) of the completions of a prompt."""
-        body = {"model": self.model, "prompt": prompt, **params}
-        choices = self.call("/v1/completions", body)["choices"]
-        completions = []
-        for choice in sorted(choices, key=lambda choice: choice["index"]):
-            tokens = choice.get("token_ids")
-            logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
-            if not tokens or len(tokens) != len(logps) or None in logps:
-                raise UserError(
-                    f"--rollout {self.url} did not return a token id and a log-probability for "
-                    "each token: it must support return_token_ids and logprobs"
-                )
-            completions.append((tokens, logps))
-        return completions
+        """Return (tokens, log π) of the n completions of a prompt.
+
+        Raises a `UserError` for what an engine cannot have sampled.
+        """
+        path, n = "/v1/completions", params["n"]
+        with self.expect_protocol(path):
+            choices = self.call(path, {"model": self.model, "prompt": prompt, **params})["choices"]
+            completions = {choice["index"]: self.read_choice(choice, params) for choice in choices}
+        if len(choices) != n or set(completions) != {*range(n)}:
+            raise UserError(f"--rollout {self.url} did not return {n} completions of a prompt")
+        return [completions[i] for i in range(n)]
+
+    def read_choice(self, choice: dict[str, Any], params: dict[str, Any]) -> tuple[list[int], list]:
+        """Return (tokens, log π) of a completion; raise a `UserError` if it is not valid."""
+        tokens = choice.get("token_ids")
+        logps = (choice.get("logprobs") or {}).get("token_logprobs") or []
+        if not tokens or len(tokens) != len(logps) or None in logps:
+            raise UserError(
+                f"--rollout {self.url} did not return a token id and a log-probability for "
+                "each token: it must support return_token_ids and logprobs"
+            )
+        are_ids = all(type(token) is int and token >= 0 for token in tokens)
+        are_logps = all(type(x) in (int, float) and MIN_LOGP <= x <= MAX_LOGP for x in logps)
+        if not are_ids or not are_logps or len(tokens) > params["max_tokens"]:
+            raise UserError(
+                f"--rollout {self.url} returned a completion that is none: at most "
+                f"{params['max_tokens']} token ids, each with a log-probability"
+            )
+        return tokens, logps
 
 
 class RolloutEngines:

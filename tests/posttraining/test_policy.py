@@ -105,6 +105,13 @@ def test_every_completion_has_its_prompt_and_its_end(model, chat):
         policy.complete([[5] * (LIMIT - 8)], 2, 9, 0.7)
 
 
+def test_a_token_that_the_model_lacks_is_refused(model, chat):
+    size = MINI["vocab_size"]
+    Policy(model, chat, Sampler([[size - 1]])).complete([[5]], 1, 9, 1.0)
+    with pytest.raises(UserError, match=f"wrote token {size}, but the model has only {size}"):
+        Policy(model, chat, Sampler([[4, size]])).complete([[5]], 1, 9, 1.0)
+
+
 def test_a_text_begins_with_the_thought_that_its_prompt_opens(model, chat):
     opened, said = chat.encode("a<think>\n"), chat.encode(" <think>a")
     sampler = Sampler([chat.encode("a"), said])

@@ -194,6 +194,45 @@ def test_an_engine_that_returns_text_only_is_refused():
         RolloutEngines([address])([[1]], 1, 1, {2}, 1.0)
 
 
+def said(tokens, logps, index=0) -> dict:
+    return {"index": index, "token_ids": tokens, "logprobs": {"token_logprobs": logps}}
+
+
+@pytest.mark.parametrize(
+    "choices, sentence",
+    [
+        ([said([4], [-1.0])], "did not return 2 completions"),
+        ([said([4], [-1.0], i) for i in range(3)], "did not return 2 completions"),
+        ([said([4], [-1.0])] * 2, "did not return 2 completions"),
+        ([said([-4], [-1.0])], "a completion that is none"),
+        ([said([4.5], [-1.0])], "a completion that is none"),
+        ([said(["4"], [-1.0])], "a completion that is none"),
+        ([said([4], [float("nan")])], "a completion that is none"),
+        ([said([4], [float("-inf")])], "a completion that is none"),
+        ([said([4], [0.5])], "a completion that is none"),
+        ([said([4], ["-1"])], "a completion that is none"),
+        ([said([4] * 4, [-1.0] * 4)], "a completion that is none: at most 3 token ids"),
+        ([{"token_ids": [4]}], "did not answer as OpenAI's API does"),
+        (None, "did not answer as OpenAI's API does"),
+    ],
+)  # fmt: skip
+def test_what_no_engine_can_have_sampled_is_refused(choices, sentence):
+    """Of a missing completion, training gave all later ones to the wrong prompts."""
+    with (
+        recorded({"data": [{"id": "m"}]}, {"choices": choices}) as (address, _),
+        pytest.raises(UserError, match=f"--rollout {address}.*{sentence}"),
+    ):
+        RolloutEngines([address])([[1]], 2, 3, {2}, 1.0)
+
+
+def test_a_server_without_models_is_refused():
+    with (
+        recorded({"data": []}, {}) as (address, _),
+        pytest.raises(UserError, match="/v1/models did not answer as OpenAI's API does"),
+    ):
+        RolloutEngines([address]).refresh(Path("."), 1)
+
+
 def test_an_engine_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"--rollout http://127.0.0.1:9/v1/models failed"):
         RolloutEngines(["http://127.0.0.1:9"]).refresh(Path("."), 1)
