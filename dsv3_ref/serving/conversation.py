@@ -63,17 +63,20 @@ def arrange_turns(messages: list[Message]) -> list[Message]:
     """Return messages for V3's own form, in which a system text is first and turns alternate.
 
     System texts are moved to the front, as V3's template moves them; consecutive messages of one
-    role are one turn, with an empty line between them.
+    role are one turn, with an empty line between them, in a time linear in their number.
     """
     turns: list[Message] = []
+    joined: list[Any] = []  # parts of the last turn
     named = [turn | {"role": "system"} if is_system(turn) else turn for turn in messages]
     for turn in [*filter(is_system, named), *(turn for turn in named if not is_system(turn))]:
         last = turns[-1] if turns else {}
-        both = text_parts(last.get("content")), text_parts(turn.get("content"))
-        if last.get("role") == turn.get("role") and all(both):
-            turns[-1] = last | turn | {"content": [*both[0], BETWEEN_TURNS, *both[1]]}
+        parts = text_parts(turn.get("content"))
+        if last.get("role") == turn.get("role") and joined and parts:
+            joined += [BETWEEN_TURNS, *parts]
+            last |= {**turn, "content": joined}
         else:
-            turns.append(turn)
+            turns.append({**turn})
+            joined = [*parts]
     return turns
 
 

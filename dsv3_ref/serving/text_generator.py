@@ -2,8 +2,10 @@
 
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from copy import copy
+from itertools import chain
 from typing import Generic, TypeVar
 
 import torch
@@ -146,15 +148,23 @@ def warm_up(model: Transformer, num_speculative_tokens: int) -> None:
 def fit_history(generator: TextGenerator[ChatConfig], turns: list[list[Message]]) -> list[int]:
     """Return system text and turns as the tokens of a prompt, with room left for an answer.
 
-    Removes the oldest turns from `turns` until the rest fits; the newest always stays.
+    Removes the oldest turns from `turns` until the rest fits; the newest always stays. Text is
+    tokenized a number of times that is logarithmic in the number of turns: a browser chooses both.
     """
     system = [{"role": "system", "content": generator.args.system}] if generator.args.system else []
     limit = generator.model.config.max_seq_len - generator.args.max_new_tokens
-    while True:
-        prompt = generator.chat.render_prompt(sum(turns, system))
-        if len(prompt) <= limit or len(turns) == 1:
-            return prompt
-        del turns[0]
+
+    def render(start: int) -> list[int]:
+        return generator.chat.render_prompt([*system, *chain.from_iterable(turns[start:])])
+
+    prompt, last = render(0), len(turns) - 1
+    if len(prompt) > limit and last:
+        start, prompt = last, render(last)
+        if len(prompt) <= limit:
+            start = bisect_left(range(last), True, 1, key=lambda i: len(render(i)) <= limit)
+            prompt = render(start)
+        del turns[:start]
+    return prompt
 
 
 def question(text: str) -> list[Message]:

@@ -173,6 +173,21 @@ def test_a_long_talk_forgets_its_oldest_turns(run):
     assert generator.tokenizer.decode(prompt).endswith("we talk")
 
 
+@pytest.mark.parametrize("room", range(8, 60, 9))
+def test_the_turns_that_fit_are_found_by_few_renderings(run, room, monkeypatch):
+    """Old turns were dropped one by one, and the system text of a browser tokenized each time."""
+    generator = TextGenerator(ChatConfig(run, max_new_tokens=64 - room, system="again"))
+    turns = [answered(question("we" * (i % 5)), "over " * (i % 3)) for i in range(40)]
+    turns.append(question("we talk"))
+    render, rendered = generator.chat.render_prompt, []
+    system = [{"role": "system", "content": "again"}]
+    slow = list(turns)
+    while len(expected := render(sum(slow, system))) > room and len(slow) > 1:
+        del slow[0]
+    monkeypatch.setattr(generator.chat, "render_prompt", lambda x: rendered.append(1) or render(x))
+    assert fit_history(generator, turns) == expected and turns == slow and len(rendered) <= 9
+
+
 def test_a_talk_that_exceeds_the_context_says_so_once(run, capsys, monkeypatch):
     """A user's assistant forgets what it was told, without a word (a habit of chat programs)."""
     monkeypatch.setattr("sys.stdin", io.StringIO("again: over and over, we talk\n" * 5))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from miniruns import MINI
 
 from dsv3_ref.config import UserError, from_dict
-from dsv3_ref.data.chat_template import ChatTemplate
+from dsv3_ref.data.chat_template import ChatTemplate, check_said
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.serving.config import ServeConfig
@@ -404,6 +405,28 @@ def test_turns_in_the_order_of_v3s_form():
     apart = [turn("user"), turn("assistant"), turn("user", "b")]
     assert arrange_turns(apart) == apart
     assert text_parts("a") == [a] and text_parts([1]) == [1] and text_parts(None) == []
+
+
+def test_many_turns_of_one_role_take_linear_time(service):
+    """A body of 4 MB once took minutes, in which no other large one was read."""
+    fields = {f"k{i}": 1 for i in range(50_000)}
+    turns = [turn("user", **fields), *([turn("user")] * 50_000)]
+    start = time.process_time()
+    (only,) = arrange_turns(turns)
+    assert time.process_time() - start < 2 and len(only["content"]) == 100_001
+
+
+def test_what_a_template_drops_is_found_in_linear_time():
+    template = SimpleNamespace(source="m")
+    turns = [turn("user", f'{"a" * 90}"{i:06}') for i in range(30_000)]
+    text = "".join(each["content"] for each in turns)
+    start = time.process_time()
+    check_said(template, turns, text)
+    check_said(template, turns, text.replace('"', '\\"'))
+    check_said(template, [turns[1], turns[0], turn("assistant", "b")], text)
+    assert time.process_time() - start < 2
+    with pytest.raises(UserError, match="drops turn 2"):
+        check_said(template, [turns[1], turn("user", "b"), turns[2]], text)
 
 
 @pytest.mark.parametrize("messages", [None, "hi", {}, [[]], [turn("user"), "hi"]], ids=str)
