@@ -296,8 +296,8 @@ class Endpoints:
 
     async def update_weights(self, http_request: "HTTPRequest") -> "Response":
         """Load other weights into the running model."""
-        async with self.body_of(http_request) as data:
-            return json_response(await self.service.update_weights(bytes(data)), 200)
+        values = await self.read(http_request, partial(self.service.read_values, path=RELOAD))
+        return json_response(await self.service.update_weights(values), 200)
 
     def health(self) -> "Response":
         """Return whether the server is ready (status 200), draining or failed (status 503)."""

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import h11
 import uvicorn
+from h11._receivebuffer import ReceiveBuffer  # no other way to see a head before its regex does
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dsv3_ref.serving.protocol import error_body
@@ -28,9 +31,11 @@ if TYPE_CHECKING:
 BACKLOG = 128  # connections that wait to be accepted
 SPARE_DESCRIPTORS = 16  # left for files that the server opens
 MIN_BYTES_READ = 1024  # by a client that counts as reading
+MAX_UNREAD_BYTES = 1 << 28  # of all responses whose clients are slower to read than the server
 CLOSING_SECONDS = 1.0  # in which a refused client may read the answer
 TICK_SECONDS = 0.1  # how often uvicorn looks for the end
-MAX_HEAD_BYTES = 1 << 16  # of a request line with its headers
+MAX_HEAD_BYTES = 1 << 16  # of a request line with its headers, or of trailers
+MAX_BLANKS = 64  # before the value of a header
 FREE_PIECES = 512  # of a body, however short
 MIN_PIECE_BYTES = 256  # of the others on average: each takes time to read, however short
 # ── Limits of a connection ──
@@ -45,6 +50,7 @@ class ConnectionLimits:
     body: float = 30.0  # to send its body
     idle: float = 75.0  # between two requests; clients keep connections for up to a minute
     stall: float = 30.0  # in which the client reads nothing of a response
+    endless: re.Pattern[str] = re.compile("(?!)")  # paths whose responses last as long as a page
 
 
 def descriptor_limits(max_connections: int) -> tuple[int, int]:
@@ -65,14 +71,42 @@ def descriptor_limits(max_connections: int) -> tuple[int, int]:
     return max(1, min(max_connections, room)), backlog
 
 
-class PieceLimitedConnection(h11.Connection):
-    """HTTP of a connection; a body in many short pieces, such as chunks of one byte, is an error.
+class HeadLimitedBuffer(ReceiveBuffer):
+    """Received bytes, from which no head is taken that is too long or that h11 is slow to read.
 
-    A piece takes as long to read as 10 KB of a longer one, and the event loop reads many at once.
+    h11 limits a head only while it is incomplete. Its pattern of a header takes a time quadratic
+    in the blanks before a value, if the value is invalid: 18 s for 64 KB.
+    """
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """Return the lines of a complete head, or None; raise a `RemoteProtocolError`.
+
+        A line that begins with a blank continues the one before it, so that its blanks add up:
+        RFC 9112 (§5.2) lets a server refuse it.
+        """
+        lines = super().maybe_extract_lines()
+        if lines and sum(map(len, lines)) + 2 * len(lines) > MAX_HEAD_BYTES:
+            raise h11.RemoteProtocolError("the head is too long")
+        for line in lines or ():
+            value = line.partition(b":")[2]
+            if len(value) - len(value.lstrip(b" \t")) > MAX_BLANKS or line[:1] in (b" ", b"\t"):
+                raise h11.RemoteProtocolError("a header with too many blanks")
+        return lines
+
+
+class LimitedConnection(h11.Connection):
+    """HTTP of a connection with limits on heads and on the pieces of a body.
+
+    A body in many short pieces, such as chunks of one byte, is an error: a piece takes as long to
+    read as 10 KB of a longer one, and the event loop reads many at once.
     """
 
     num_pieces = 0
     num_bytes = 0
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self._receive_buffer = HeadLimitedBuffer()
 
     def next_event(self) -> Any:
         """Return what has been received next; raise an `h11.RemoteProtocolError`."""
@@ -90,19 +124,21 @@ class PieceLimitedConnection(h11.Connection):
 class LimitedProtocol(H11Protocol):
     """A connection that is closed when a phase of it takes too long.
 
-    If there are too many, the one that has been waiting longest for a request is closed: half a
-    request cannot keep others out.
+    If there are too many, the one that has been waiting longest for a request is closed or, if none
+    is, the one whose client has been behind longest in reading or, at last, the oldest response
+    without an end: no half of a request or response can keep others out.
     """
 
     limits: ClassVar[ConnectionLimits] = ConnectionLimits()
     phase = ""  # idle, headers, body, response, closing
     phase_start = 0.0
     phase_timer: asyncio.TimerHandle | None = None
-    stall_timer: asyncio.TimerHandle | None = None
+    stall_timer: asyncio.TimerHandle | None = None  # while the client is behind in reading
+    stall_start = 0.0
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self.conn = PieceLimitedConnection(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn = LimitedConnection()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count a new connection, and start the time in which it must send a request."""
@@ -116,14 +152,35 @@ class LimitedProtocol(H11Protocol):
         self.update_phase()
 
     def make_room(self) -> bool:
-        """Close the connection that has been waiting longest; return False if there is none."""
+        """Close a connection that others need not wait for; return False if there is none."""
         others = [c for c in self.connections if isinstance(c, LimitedProtocol) and c is not self]
-        waiting = [c for c in others if c.phase in ("idle", "headers", "body")]
-        if not waiting:
-            return False
-        oldest = min(waiting, key=phase_start)
-        oldest.abort()
-        return True
+        others.sort(key=phase_start)
+        waiting = (c for c in others if c.phase in ("idle", "headers", "body"))
+        endless = (c for c in others if c.phase == "response" and c.is_endless())
+        first = next(chain(waiting, self.behind(), endless), None)
+        if first:
+            first.abort()
+        return first is not None
+
+    def is_endless(self) -> bool:
+        """Return whether the response in progress ends only when its client leaves."""
+        return bool(self.limits.endless.fullmatch(self.scope["path"]))
+
+    def behind(self) -> "list[LimitedProtocol]":
+        """Return the connections whose clients are behind in reading, the longest first."""
+        connections = [c for c in self.connections if isinstance(c, LimitedProtocol)]
+        stalled = [c for c in connections if c.stall_timer and c.phase != "closing"]
+        return sorted(stalled, key=stall_start)
+
+    def drop_unread(self) -> None:
+        """Close the connections that are behind longest while too much is unread in all."""
+        behind = self.behind()
+        unread = sum(c.transport.get_write_buffer_size() for c in behind)
+        for connection in behind:
+            if unread <= MAX_UNREAD_BYTES:
+                return
+            unread -= connection.transport.get_write_buffer_size()
+            connection.abort()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is not HTTP, unless a response has begun; then close the connection.
@@ -189,7 +246,9 @@ class LimitedProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """Start the time in which the client must read something."""
         super().pause_writing()
+        self.stall_start = self.loop.time()
         self.watch_stall()
+        self.drop_unread()
 
     def watch_stall(self) -> None:
         """Look after some time whether the client has read enough since now."""
@@ -227,6 +286,11 @@ class LimitedProtocol(H11Protocol):
 def phase_start(connection: LimitedProtocol) -> float:
     """Return when a connection entered its phase."""
     return connection.phase_start
+
+
+def stall_start(connection: LimitedProtocol) -> float:
+    """Return when the client of a connection fell behind in reading."""
+    return connection.stall_start
 
 
 def limited_options(limits: ConnectionLimits) -> dict[str, Any]:

@@ -63,6 +63,7 @@ DRAINING = "the server is shutting down: retry later"
 STOP_SECONDS = 5.0  # that a step of the engine may take to end
 MAX_BODY_BYTES = 4 << 20
 MAX_ALL_BODIES_BYTES = 256 << 20
+MAX_REPEATED_BYTES = 4 << 20  # of text for the tokens of a request, in its response
 
 
 # ── The service ──
@@ -172,6 +173,10 @@ class Service:
             )
         prompts = self.encode_prompts(values, chat)
         check_tokens(prompts, self.limits.vocab_size)
+        if request.echo:
+            self.check_repeated(
+                "echo", [self.decode(prompt) for prompt in prompts], request.best_of
+            )
         is_new_answer = chat and not continues_answer(values)
         opening = self.chat.opened_thought(prompts[0]) if is_new_answer else ""
         marks = self.find_call_marks(values)
@@ -183,6 +188,23 @@ class Service:
                 "response: ask for fewer alternatives, tokens or completions",
             )
         return request
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special ones included."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def check_repeated(self, name: str, texts: list[str], times: int = 1) -> None:
+        """Raise `InvalidField` if texts are too long to stand in a response so many times.
+
+        A token may be written in two bytes of a request and stand for a hundred of text.
+        """
+        num_bytes = times * sum(map(num_utf8_bytes, texts))
+        if num_bytes > MAX_REPEATED_BYTES:
+            raise InvalidField(
+                name,
+                f"the response would repeat {num_bytes} bytes of text, more than the "
+                f"{MAX_REPEATED_BYTES} allowed: send fewer tokens or ask for fewer completions",
+            )
 
     def count_listed(self, request: CompletionRequest) -> int:
         """Return how many log-probabilities the completions of a request may list."""
@@ -222,6 +244,11 @@ class Service:
             begins = values.get("add_special_tokens", True) and self.chat.adds_bos
             tokens = [self.special_tokens.bos] if begins else []
             tokens += self.chat.encode(values["prompt"])
+        if len(tokens) > self.limits.max_model_len:
+            raise UserError(
+                f"a text of {len(tokens)} tokens exceeds the limit of "
+                f"{self.limits.max_model_len}: shorten it"
+            )
         names = [self.tokenizer.id_to_token(i) for i in tokens]
         return {
             "count": len(tokens),
@@ -244,17 +271,18 @@ class Service:
                 f"tokens must be a list of at most {limits.max_model_len} token ids below "
                 f"{limits.vocab_size}",
             )
-        return {"prompt": self.tokenizer.decode(tokens, skip_special_tokens=False)}
+        text = self.decode(tokens)
+        self.check_repeated("tokens", [text])
+        return {"prompt": text}
 
-    async def update_weights(self, data: bytes) -> JSONObject:
+    async def update_weights(self, values: JSONObject) -> JSONObject:
         """Load the weights of a directory under --reload-root into the running model.
 
-        Raises an `HTTPError` if it may not be loaded, a `UserError` if it does not fit. Requests
-        that are running continue with the new weights.
+        values: of the request's body. Raises an `HTTPError` if it may not be loaded, a `UserError`
+        if it does not fit. Requests that are running continue with the new weights.
         """
         if self.args.reload_root is None:
             raise HTTPError(403, "this server keeps its weights: start it with --reload-root")
-        values = self.read_values(data, RELOAD)
         root, folder = self.args.reload_root.resolve(), Path(values.get("model_path", "")).resolve()
         if not folder.is_relative_to(root):
             raise HTTPError(403, "model_path is not under --reload-root: write the weights there")

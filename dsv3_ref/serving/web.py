@@ -44,6 +44,7 @@ PAGE_PATHS = re.compile(
     r"/|/(?:assets|static)/.*|/(?:config|theme\.css|favicon\.ico|manifest\.json)"
     r"|/gradio_api/(?:info|cancel|reset|heartbeat/\w+|run/\w+|queue/join|queue/data)"
 )
+ENDLESS_PATHS = re.compile(r"/gradio_api/(?:heartbeat/\w+|queue/data)")
 MAX_PAGE_BODY_BYTES = 1 << 20
 MAX_WAITING = 64  # answers
 MAX_SESSIONS = 256  # in memory; beyond that, the one that has been used longest ago is forgotten
@@ -505,7 +506,7 @@ def make_web_server(app: "ASGIApp") -> "uvicorn.Server":
 
     from dsv3_ref.serving.http_server import ConnectionLimits, limited_options
 
-    options = limited_options(ConnectionLimits())
+    options = limited_options(ConnectionLimits(endless=ENDLESS_PATHS))
     return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=1, **options))
 
 
@@ -529,12 +530,23 @@ def with_security_policy(app: "ASGIApp") -> "ASGIApp":
             else:
                 await send(message)
 
-        if scope["type"] == "http" and scope["path"] == "/":  # not compressed: it is read here
-            plain = [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]
-            scope = {**scope, "headers": plain}
+        if scope["type"] == "http":
+            headers = [
+                (k, v) for k, v in scope["headers"] if k not in hidden_headers(scope["path"])
+            ]
+            scope = {**scope, "headers": headers}
         await app(scope, receive, send_with_policy if scope["type"] == "http" else send)
 
     return wrapped
+
+
+def hidden_headers(path: str) -> tuple[bytes, ...]:
+    """Return the headers that gradio must not see.
+
+    With X-Gradio-Server a client chooses the server that a page calls; a cache might keep that page
+    for others. The page itself is not compressed: its scripts are read here.
+    """
+    return (b"x-gradio-server", *([b"accept-encoding"] if path == "/" else []))
 
 
 def is_page(headers: Iterable[tuple[bytes, bytes]]) -> bool:

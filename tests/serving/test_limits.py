@@ -21,7 +21,7 @@ from test_serve import folder, quiet
 from dsv3_ref.cli import main
 from dsv3_ref.config import UserError
 from dsv3_ref.serve import ModelRunner, QueueFull
-from dsv3_ref.serving import api_server
+from dsv3_ref.serving import api_server, http_server
 from dsv3_ref.serving.config import ServeConfig
 from dsv3_ref.serving.http_server import ConnectionLimits
 from dsv3_ref.serving.json_body import parse_json
@@ -137,6 +137,32 @@ def test_a_body_in_tiny_chunks_does_not_stop_the_others(here):
     assert ask(here[0]).status_code == 200
 
 
+BLANKS = b"X:" + b" " * 60_000 + b"\v\r\n\r\n"
+FOLDS = b"X:" + b"\r\n " * 20_000 + b"\v\r\n\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent", [GET + BLANKS, GET + FOLDS, GET + b"a:b\r\n" * 14_000 + b"\r\n", CHUNKED + BLANKS],
+    ids=["blanks", "continued lines", "many headers", "trailers"],
+)  # fmt: skip
+def test_no_head_takes_long_to_read(here, sent):
+    """h11 read 64 KB of blanks for 18 s, in the event loop, before any key was asked for."""
+    start = time.process_time()
+    with socket.create_connection(here[0]) as connection:
+        connection.sendall(sent)
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 400") and time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("blanks, status", [(64, b"200"), (65, b"400")])
+def test_some_blanks_before_a_value_are_read(here, blanks, status):
+    with socket.create_connection(here[0]) as connection:
+        connection.sendall(GET + b"X:" + b" " * (blanks - 1) + b"\ta\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 " + status)
+
+
 @pytest.mark.parametrize("size", [1, 500])
 def test_a_body_in_chunks_is_read(here, size):
     """A client may write a small body piece by piece, and a large one in pieces of some size."""
@@ -190,7 +216,89 @@ def test_a_client_that_never_reads_is_disconnected(here):
         assert not here[2].server_state.connections and quiet(service)
 
 
+@contextmanager
+def half_read(server, address, num_clients: int):
+    """Clients whose requests are answered with more than they read, a little now and then."""
+    wait_until(lambda: server.started)
+    listener = server.servers[0].sockets[0]
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of its connections
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    clients, has_ended = [], threading.Event()
+
+    def read_a_little():
+        while not has_ended.wait(0.1):
+            for client in clients:
+                with suppress(OSError):
+                    client.recv(1100)
+
+    for _ in range(num_clients):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(address)
+        client.sendall(request * 20)
+        client.setblocking(False)
+        clients.append(client)
+    reader = threading.Thread(target=read_a_little)
+    reader.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        reader.join()
+        for client in clients:
+            client.close()
+
+
+def wait_until(holds) -> None:
+    """Wait until a condition holds, at most some seconds."""
+    end = time.monotonic() + 10
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert holds()
+
+
+def behind(server) -> int:
+    """Return how many clients are behind in reading."""
+    return sum(bool(c.stall_timer) for c in server.server_state.connections)
+
+
+def test_slow_readers_give_way_to_others(folder):
+    """Eight clients in all eight places, before any key is asked for, kept everyone out."""
+    with limited(folder) as (address, _, server), half_read(server, address, 8):
+        wait_until(lambda: behind(server) == 8)
+        time.sleep(1)  # twice the time in which they must read something
+        assert behind(server) == 8 and ask(address).status_code == 200
+
+
+def test_what_clients_do_not_read_is_bounded(folder, monkeypatch):
+    """Of two clients that together leave too much unread, the one that is behind longer goes."""
+    monkeypatch.setattr(http_server, "MAX_UNREAD_BYTES", 130_000)  # one is behind with 65,536
+    with limited(folder) as (address, _, server), half_read(server, address, 2):
+        wait_until(lambda: len(server.server_state.connections) == 1)
+        assert behind(server) == 1 and ask(address).status_code == 200
+
+
 # ── Size ──
+
+
+def test_texts_that_a_response_repeats_are_bounded(here, monkeypatch):
+    """Two bytes for a token of a hundred, sixteen times, made 32 MB of a request of 80 KB."""
+    address, service, _ = here
+    monkeypatch.setattr("dsv3_ref.serving.service.MAX_REPEATED_BYTES", 60)
+    token = service.tokenizer.encode("a").ids[-1]
+    body = {"prompt": [token] * 30, "max_tokens": 1}
+    assert ask(address, body | {"echo": True, "n": 2}).status_code == 200
+    assert ask(address, body | {"n": 3}).status_code == 200
+    for more in ({"n": 3}, {"n": 1, "best_of": 3}):
+        answer = ask(address, body | {"echo": True} | more)
+        assert answer.json()["error"]["param"] == "echo" and "90 bytes of text" in answer.text
+    url = f"http://{address[0]}:{address[1]}"
+    assert httpx.post(f"{url}/detokenize", json={"tokens": [token] * 60}).status_code == 200
+    answer = httpx.post(f"{url}/detokenize", json={"tokens": [token] * 61})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tokens"
+    long = {"prompt": "q%" * 150, "add_special_tokens": False}
+    answer = httpx.post(f"{url}/tokenize", json=long)
+    assert answer.status_code == 400 and "a text of 300 tokens exceeds" in answer.text
 
 
 def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(here, monkeypatch):

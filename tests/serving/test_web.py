@@ -10,8 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 
@@ -493,7 +494,7 @@ def address(generator):
 def test_connections_to_the_page_are_limited(monkeypatch):
     """One that sends nothing, or half a head, is closed: before any key is asked for."""
     limits = http_server.ConnectionLimits(headers=0.3, idle=0.3)
-    monkeypatch.setattr(http_server, "ConnectionLimits", lambda: limits)
+    monkeypatch.setattr(http_server, "ConnectionLimits", lambda **_: limits)
 
     async def app(scope, receive, send):
         """Answer nothing."""
@@ -510,6 +511,50 @@ def test_connections_to_the_page_are_limited(monkeypatch):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def test_responses_without_an_end_give_way_to_others(monkeypatch):
+    """512 heartbeats of one client once kept everyone else from the page."""
+    monkeypatch.setattr(
+        http_server, "ConnectionLimits", partial(http_server.ConnectionLimits, max_connections=3)
+    )
+
+    async def app(scope, receive, send):
+        """Answer at once, a heartbeat or the events of a queue never to the end."""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        if scope["path"] not in ("/", "/gradio_api/heartbeat"):
+            await asyncio.sleep(60)
+        await send({"type": "http.response.body", "body": b""})
+
+    listener = web.bind_socket("127.0.0.1", 0)
+    server = web.make_web_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    streams = []
+    try:
+        for path in ("heartbeat/a1", "queue/data", "heartbeat/b", "other", "other", "other"):
+            streams.append(socket.create_connection(listener.getsockname(), timeout=10))
+            head = f"GET /gradio_api/{path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            streams[-1].sendall(head.encode())
+            assert streams[-1].recv(100).startswith(b"HTTP/1.1 200")
+        for stream in streams[:3]:  # the oldest first
+            with suppress(ConnectionResetError):
+                while stream.recv(100):
+                    pass
+        with socket.create_connection(listener.getsockname(), timeout=10) as last:
+            assert last.recv(100).startswith(b"HTTP/1.1 503")
+    finally:
+        for stream in streams:
+            stream.close()
+        server.should_exit = True
+        thread.join()
+
+
+def test_no_client_chooses_the_server_that_a_page_calls(address):
+    head = {"X-Gradio-Server": "http://evil.example"}
+    with urllib.request.urlopen(urllib.request.Request(address, headers=head)) as response:
+        assert b"evil" not in response.read()
 
 
 def test_the_page_forbids_to_fetch_from_elsewhere(address):
