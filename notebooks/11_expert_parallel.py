@@ -608,6 +608,76 @@ BACK = 2 * V3.dim
 print(f"bytes per row at V3: out {OUT:,} (in bf16 {2 * V3.dim + 64:,}), back {BACK:,}")
 
 # %% [markdown]
+# ## A budget of multiprocessors
+# Communication uses **20 of 132** multiprocessors (§3.2.2). A kernel occupies as many as it has programs. Each is a
+# *channel* for a part of the tokens. A row's place is the number of earlier tokens for the same rank. After its rows
+# a channel writes a *flag*, for which the receiver waits. `kernels/dispatch.py` does this in Triton (not yet run on
+# a GPU); programs get turns at random.
+
+
+# %%
+def channel_tokens(channel: int, channels: int, n: int):
+    return range(n * channel // channels, n * (channel + 1) // channels)
+
+
+def send_program(rank, channel, channels, x_nd, goes_ni, rows, flags):
+    """Write a channel's tokens to all windows, then set its flags; yields after every token."""
+    tokens = channel_tokens(channel, channels, len(x_nd))
+    for n in tokens:
+        for member in goes_ni[n].nonzero().flatten().tolist():
+            rows[member][rank, goes_ni[:n, member].sum()] = x_nd[n]
+        yield
+    before, after = goes_ni[: tokens.start].sum(0), goes_ni[: tokens.stop].sum(0)
+    for member, flag in enumerate(flags):
+        flag[rank, channel] = before[member].item(), after[member].item()
+
+
+def receive_program(rank, channel, rows, flags, arrived):
+    """Wait for the flag of this channel from every rank, then copy its rows; yields meanwhile."""
+    for source in range(len(rows)):
+        while (source, channel) not in flags[rank]:
+            yield
+        for slot in range(*flags[rank][source, channel]):
+            arrived[rank][source, slot] = rows[rank][source, slot]
+            yield
+
+
+def run_programs(programs) -> int:
+    """Give all programs a turn, in random order, until they end; return the number of rounds."""
+    rounds = 0
+    while programs:
+        rounds += 1
+        order = torch.randperm(len(programs)).tolist()
+        programs = [programs[i] for i in order if next(programs[i], "ended") is None]
+    return rounds
+
+
+def dispatch_in_channels(tokens, goes, channels: int):
+    """Dispatch the tokens of every rank; return what arrives in each window and the rounds."""
+    ranks, capacity = range(len(tokens)), max(map(len, tokens))
+    rows, arrived = (
+        [torch.zeros(len(tokens), capacity, tokens[0].shape[1]) for _ in ranks] for _ in range(2)
+    )
+    flags = [{} for _ in ranks]
+    programs = []
+    for rank, channel in product(ranks, range(channels)):
+        send = send_program(rank, channel, channels, tokens[rank], goes[rank], rows, flags)
+        programs += [send, receive_program(rank, channel, rows, flags, arrived)]
+    return arrived, run_programs(programs)
+
+
+tokens = [torch.randn(n, 4) for n in (24, 0, 17)]
+goes = [torch.rand(len(x), 3) < 0.6 for x in tokens]
+want = [torch.zeros(3, 24, 4) for _ in tokens]
+for source, member in product(range(3), range(3)):
+    sent = tokens[source][goes[source][:, member]]
+    want[member][source, : len(sent)] = sent
+for channels in (1, 2, 4, 8):
+    arrived, rounds = dispatch_in_channels(tokens, goes, channels)
+    assert all(map(torch.equal, arrived, want))
+    print(f"{channels} channels: the same rows in {rounds} rounds")
+
+# %% [markdown]
 # ## Balance over all ranks
 # The expert bias of chapter 04 is updated from the load of the *global* batch: each rank counts its own tokens, and
 # the counts, 256 integers per layer, are summed over ranks before the update. If each rank used its own counts, the

@@ -69,7 +69,7 @@ headlines() {
 }
 streams() {
   bare -m $BENCH $BENCH_FLAGS --out "$OUT/streams.json" --only \
-    quant rms_norm swiglu rotary topk permute cross_entropy moe_step
+    quant rms_norm swiglu rotary topk permute dispatch combine cross_entropy moe_step
 }
 why() { # a model from end to end, a trace of a step, and three kernels under the profiler
   bare -m $BENCH.end_to_end $END_TO_END --trace "$OUT/step.json" --out "$OUT/end_to_end.json"

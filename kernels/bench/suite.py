@@ -19,6 +19,7 @@ from dsv3_ref.kernels.bench.case import (
     fraction_of_copy,
     speedup_over,
 )
+from dsv3_ref.kernels.bench.dispatch_cases import case_combine, case_dispatch
 from dsv3_ref.kernels.bench.layer_cases import (
     case_cross_entropy_and_grads,
     case_linear_cross_entropy,
@@ -69,6 +70,8 @@ GEMM_GOALS = (
 )
 PREFILL_GOALS = (Goal("TFLOP/s", 550, achieved_tflops),)
 PREFILL_BACKWARD_GOALS = (Goal("TFLOP/s", 400, achieved_tflops),)
+NODE_RANKS = 8
+DISPATCH_SMS = (4, 8, 12, 16, 20, 24, 32)  # the report uses 20
 TENSOR_PARALLEL_HEADS = V3.n_heads // 4
 DECODE_GOALS = {  # with few heads bound by reading the cache; 242 FLOPs per byte with all of them
     V3.n_heads: (Goal("TFLOP/s", 450, achieved_tflops),),
@@ -143,6 +146,15 @@ def memory_bound_cases(shrink: Shrink) -> list[Case]:
     ]
 
 
+def dispatch_cases(shrink: Shrink) -> list[Case]:
+    """Return dispatch and combine among the ranks of a node, by their number of multiprocessors."""
+    members = shrink(NODE_RANKS, 2)
+    n, d = shrink(TOKENS // 4), shrink(V3.dim)
+    budgets = sorted({shrink(sms) for sms in DISPATCH_SMS}, reverse=True)
+    sizes = [(sms, members, n, d) for sms in budgets]
+    return [*for_sizes(sizes, case_dispatch), *for_sizes(sizes, case_combine)]
+
+
 def attention_cases(shrink: Shrink) -> list[Case]:
     """Return attention of 1K to 16K tokens, and decoding of up to 128 requests of 128K tokens."""
     h, thousand = shrink(V3.n_heads), shrink(1024)
@@ -170,6 +182,7 @@ def all_cases(divisor: int = 1) -> list[Case]:
     return [
         *matmul_cases(shrink),
         *memory_bound_cases(shrink),
+        *dispatch_cases(shrink),
         *attention_cases(shrink),
         *for_sizes(
             [(shrink(TOKENS), d, shrink(V3.vocab_size))],
