@@ -47,6 +47,16 @@ def require_utf8() -> None:
     os.execv(sys.executable, sys.orig_argv)
 
 
+def isolate_children() -> None:
+    """Keep processes that this one starts from importing modules of the current directory.
+
+    It may be a stranger's: `python -m` and `python -c`, by which multiprocessing starts processes,
+    would run a random.py that lies there. Where this process imports from it, so do the others.
+    """
+    if not {"", os.getcwd()} & set(sys.path):
+        os.environ["PYTHONSAFEPATH"] = "1"
+
+
 def honor_no_color() -> None:
     """Turn off the colors of --help and of errors if NO_COLOR is set (https://no-color.org)."""
     if os.environ.get("NO_COLOR"):
@@ -126,6 +136,7 @@ def run_as_process(run: Callable[[list[str]], int]) -> int:
     if not has_working_directory():
         return 2
     require_utf8()
+    isolate_children()
     honor_no_color()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

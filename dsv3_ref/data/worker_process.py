@@ -71,8 +71,10 @@ class WorkerProcess:
         paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.owner = os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            # -P: no module of the current directory, which may be a stranger's, is imported
+            [sys.executable, "-P", "-m", self.module],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
         assert self.process.stdout is not None
         self.lines = queue.Queue()

@@ -55,6 +55,20 @@ def test_streams_that_are_closed_full_or_broken(command, code, sentence, tmp_pat
     assert sentence in done.stderr
 
 
+@pytest.mark.parametrize("is_imported", [False, True])
+def test_children_import_of_the_current_directory_what_this_process_does(
+    is_imported, tmp_path, monkeypatch
+):
+    (tmp_path / "colorsys.py").write_text("print('code of a stranger')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setattr(sys, "path", [*filter(None, sys.path), *[""] * is_imported])
+    environment.isolate_children()
+    child = [sys.executable, "-c", "import colorsys"]  # as multiprocessing starts one
+    done = subprocess.run(child, capture_output=True, text=True, check=True)
+    assert done.stdout == "code of a stranger\n" * is_imported
+
+
 LATIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 

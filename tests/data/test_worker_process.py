@@ -45,6 +45,17 @@ def answers(tmp_path, monkeypatch):
         worker.stop()
 
 
+def test_the_current_directory_is_not_imported(answers, tmp_path, monkeypatch):
+    """Somebody runs `dsv3 chat .` in a directory that they have downloaded."""
+    stranger = tmp_path / "model"
+    stranger.mkdir()
+    for name in ("random", "queue", "signal", "dsv3_ref"):
+        (stranger / f"{name}.py").write_text("raise SystemExit('code of a stranger')")
+    monkeypatch.chdir(stranger)
+    answers.stop()
+    assert pid_of(answers)
+
+
 def pid_of(worker: WorkerProcess) -> int:
     worker.ensure_started()
     return int(worker.ask("pid", 30).split()[1])
