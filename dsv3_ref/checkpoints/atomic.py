@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -170,9 +170,32 @@ def lock_dir(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
+def refuse_link(name: str, flags: int) -> int:
+    """Open a file for `open`; raise a `UserError` for a link, which leads to a file elsewhere."""
+    if os.path.islink(name):
+        raise UserError(
+            f"{name} is a link to {os.path.realpath(name)}: replace it by that file if you trust it"
+        )
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def open_own(path: Path, mode: str) -> IO[Any]:
+    """Open a file of a run for writing in place; raise a `UserError` if it is a link.
+
+    A run may come from a stranger, whose links lead to files of yours. Text is UTF-8.
+    """
+    return open(path, mode, encoding=None if "b" in mode else "utf-8", opener=refuse_link)
+
+
+def clear_path(path: Path) -> Path:
+    """Remove the file or link at a path that is about to be written; return the path."""
+    path.unlink(missing_ok=True)
+    return path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a temporary file, then rename it, so that readers never see part of it."""
-    part = path.with_suffix(".part")
+    part = clear_path(path.with_suffix(".part"))
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     part.replace(path)
 

@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_entry(name: str, entry: dict[str, Any]) -> None:
     """Raise a `ValueError` unless an entry names a file inside the folder, a size and a digest."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(f"{name!r} lies outside of the directory")
     if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
         raise ValueError(f"{name!r} has no size and SHA-256")

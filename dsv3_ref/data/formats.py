@@ -52,6 +52,7 @@ BOM = b"\xef\xbb\xbf"
 MAX_EXPANSION = 200  # of compressed files; text shrinks to a tenth, hardly to a hundredth
 SMALL_EXPANSION = 1 << 28  # bytes that any file may expand to
 MAX_LINE = 1 << 28  # bytes of a line of JSON, or characters of a field of CSV
+MAX_NESTING = 100  # of the lists and objects of a row: code that walks through it recurses
 HEAD = 1 << 16  # bytes that are looked at to find out what a file is
 LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # or half of a pair
 ROWS_PER_BATCH = 1000  # rows of Parquet and Arrow that are converted at a time
@@ -339,7 +340,18 @@ def parse_json_line(raw: bytes) -> Any:
         return BrokenRow(f"it is not JSON ({e.msg} at column {e.colno})")
     except ValueError as e:  # a number of too many digits
         return BrokenRow(f"it is not JSON ({e})")
+    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and nesting(value) > MAX_NESTING:
+        return BrokenRow("it is nested too deeply")
     return checked_row(value, LONE_SURROGATE.search(raw) is not None)
+
+
+def nesting(value: Any) -> int:
+    """Return how deep the lists and objects of a JSON value are nested."""
+    depth, level = 0, [value]
+    while level := [x for x in level if isinstance(x, dict | list)]:
+        depth += 1
+        level = list(chain.from_iterable(x.values() if isinstance(x, dict) else x for x in level))
+    return depth
 
 
 def checked_row(value: Any, may_have_surrogates: bool = True) -> Any:

@@ -2,7 +2,7 @@
 
 A template comes with a model and may loop without end or ask for any memory, even while it is
 compiled. So it is compiled and rendered as `python -m dsv3_ref.data.jinja_template`, in a process
-with limits: a line of JSON in, a line out. This process only parses it, to learn what it reads.
+with limits: a line of JSON in, a line out. It also tells this process what the template reads.
 """
 
 import json
@@ -90,18 +90,12 @@ class JinjaTemplate:
     def __init__(self, text: str, source: str):
         self.text = text
         self.source = source
-        try:
-            tree = template_environment().parse(text)
-        except (jinja2.TemplateError, ValueError, RecursionError) as e:
-            raise self.invalid(str(e)) from None
         answer = self.ask({"text": text})
-        if "text" not in answer:
-            raise self.invalid(next(iter(answer.values())))
-        self.names, self.literals = names_in(tree), literals_in(tree)
-        self.has_generation_blocks = "{%" in text and any(
-            node.identifier.endswith("GenerationBlock")
-            for node in tree.find_all(nodes.ExtensionAttribute)
-        )
+        if "names" not in answer:
+            reason = next(iter(answer.values()))
+            raise UserError(f"the chat template of {source} is not valid Jinja: {reason}")
+        self.names, self.literals = frozenset(answer["names"]), frozenset(answer["literals"])
+        self.has_generation_blocks: bool = answer["has_generation_blocks"]
 
     def mentions(self, name: str) -> bool:
         """Return whether the template reads a field or a variable of this name."""
@@ -124,7 +118,7 @@ class JinjaTemplate:
                 )
         return answer["text"]
 
-    def ask(self, question: dict[str, Any]) -> dict[str, str]:
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Return the answer of the process that renders; raise a `UserError` if it has none."""
         renderer = shared_renderer()
         line = json.dumps(question, default=str)
@@ -137,10 +131,6 @@ class JinjaTemplate:
                     f"the chat template of {self.source} takes more than {RENDER_SECONDS:.0f} s or "
                     f"{RENDER_MEMORY >> 20} MiB: use another template"
                 ) from None
-
-    def invalid(self, reason: str) -> UserError:
-        """Return the error for a template that cannot be compiled."""
-        return UserError(f"the chat template of {self.source} is not valid Jinja: {reason}")
 
 
 def find_calls(turn: dict[str, Any]) -> list[Any]:
@@ -165,19 +155,25 @@ def shared_renderer() -> WorkerProcess:
     )
 
 
-def names_in(tree: nodes.Template) -> frozenset[str]:
-    """Return the names of the variables and attributes of a template."""
-    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
-    return frozenset({node.name for node in tree.find_all(nodes.Name)} | set(attributes))
-
-
-def literals_in(tree: nodes.Template) -> frozenset[str]:
-    """Return the string constants of a template."""
-    constants = (node.value for node in tree.find_all(nodes.Const))
-    return frozenset(value for value in constants if isinstance(value, str))
-
-
 # ── In the process ──
+
+
+def describe_template(text: str) -> dict[str, Any]:
+    """Return a template's names of variables and attributes, its string constants, and more.
+
+    has_generation_blocks: whether it marks the text that a model writes.
+    """
+    tree = template_environment().parse(text)
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    names |= {node.attr for node in tree.find_all(nodes.Getattr)}
+    constants = (node.value for node in tree.find_all(nodes.Const))
+    literals = {value for value in constants if isinstance(value, str)}
+    identifiers = (node.identifier for node in tree.find_all(nodes.ExtensionAttribute))
+    has_generation_blocks = any(name.endswith("GenerationBlock") for name in identifiers)
+    return {
+        "names": sorted(names), "literals": sorted(literals),
+        "has_generation_blocks": has_generation_blocks,
+    }  # fmt: skip
 
 
 @lru_cache(64)
@@ -189,16 +185,16 @@ def compile_template(text: str) -> jinja2.Template:
 def render_line(line: str) -> str:
     """Return the rendered text, or an error and its kind, for a line with a template.
 
-    Without messages, the template is compiled only.
+    Without messages, the template is compiled, and the answer is what `describe_template` returns.
     """
     question = json.loads(line)
     try:
         template = compile_template(question["text"])
-        text = ""
-        if "messages" in question:
-            messages, variables = question["messages"], question["variables"]
-            restore_arguments(messages, question["arguments"])
-            text = template.render(messages=messages, documents=None, **variables)
+        if "messages" not in question:
+            return json.dumps(describe_template(question["text"]))
+        messages, variables = question["messages"], question["variables"]
+        restore_arguments(messages, question["arguments"])
+        text = template.render(messages=messages, documents=None, **variables)
         if len(text) > MAX_CHARACTERS:
             raise ValueError(f"it writes more than {MAX_CHARACTERS:,} characters")
         answer = {"text": text}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from dsv3_ref.checkpoints.atomic import fsync_path, write_json
+from dsv3_ref.checkpoints.atomic import clear_path, fsync_path, write_json
 from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import UserError
 from dsv3_ref.data import shards
@@ -47,7 +47,7 @@ class Shard:
 
     def __post_init__(self) -> None:
         self.part = self.folder / f"{self.name}.bin.part"
-        self.file = self.part.open("wb")
+        self.file = clear_path(self.part).open("wb")
         self.digest = hashlib.sha256()
 
     def add(self, tokens: np.ndarray) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from dsv3_ref.checkpoints.atomic import check_regular
 from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.config import UserError, ceil_div
 from dsv3_ref.data.tokenizer import load_tokenizer
@@ -56,6 +57,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the content of index.json, or raise a `UserError`."""
     path = folder / INDEX
     try:
+        check_regular(path)
         index = json.loads(path.read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise UserError(f"{path} is of format {index['format']}, not {FORMAT}")
@@ -64,7 +66,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise
     except FileNotFoundError:
         raise UserError(f"{folder} holds no {INDEX}: it is not a folder of shards") from None
-    except (ValueError, LookupError, TypeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged: {e}") from None
     return index
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dsv3_ref.checkpoints.atomic import check_regular
+from dsv3_ref.checkpoints.atomic import check_regular, clear_path
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer_conversion import convert_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
@@ -21,6 +21,7 @@ FIM_HOLE = "<｜fim▁hole｜>"
 FIM_BEGIN, FIM_END = "<｜fim▁begin｜>", "<｜fim▁end｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>"]
+MAX_TOKEN_ID = (1 << 24) - 1  # V3 has 128,000 tokens
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 WORD_SPLITS = (
@@ -79,7 +80,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises a bare Exception
         raise UserError(f"{path} is not a tokenizer: {e}") from None
+    check_ids(tokenizer, path)
     return encode_special_as_text(reset_options(tokenizer))
+
+
+def check_ids(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise a `UserError` for ids so high that a list of all ids would take much memory."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest > MAX_TOKEN_ID:
+        raise UserError(
+            f"{path} has the token id {highest:,}, above {MAX_TOKEN_ID:,}: use another tokenizer"
+        )
 
 
 def check_document_tokens(tokenizer: Tokenizer, needs_fim: bool) -> None:
@@ -134,7 +145,7 @@ def get_special_tokens(
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write `tokenizer.json` atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
+    part = clear_path(path.with_suffix(f".{os.getpid()}"))
     part.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     part.replace(path)
 

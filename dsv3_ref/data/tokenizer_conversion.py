@@ -12,6 +12,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer_settings import read_object
 
 TIKTOKEN, SENTENCEPIECE = "tiktoken.model", "tokenizer.model"
+MAX_TOKEN_BYTES = 1024  # those of Kimi-K2 have 128; each is cut in every place
 NUM_RESERVED = 256  # ids that Moonlight and Kimi-K2 keep for special tokens, after the bytes'
 LETTERS = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 ELISION = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -99,8 +100,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         for line in read_text(path).split("\n"):
             if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                code, rank = line.split()
+                token = base64.b64decode(code, validate=True)
+                if len(token) > MAX_TOKEN_BYTES:
+                    raise ValueError(f"a token has {len(token):,} bytes")
+                ranks[token] = int(rank)
     except (ValueError, binascii.Error) as e:
         raise UserError(f"{path} is not a tiktoken file ({e}): download it again") from None
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -113,8 +117,13 @@ def special_tokens(config: dict[str, Any], first_id: int) -> list[AddedToken]:
     named = config.get("added_tokens_decoder") or {}
     tokens = []
     for i in range(first_id, first_id + NUM_RESERVED):
-        about = named.get(str(i)) or {}
-        text = about.get("content", f"<|reserved_token_{i}|>")
+        about = (named.get(str(i)) if isinstance(named, dict) else named) or {}
+        text = about.get("content", f"<|reserved_token_{i}|>") if isinstance(about, dict) else None
+        if not isinstance(text, str):
+            raise UserError(
+                'added_tokens_decoder in tokenizer_config.json must map ids to {"content": text}: '
+                "download it again"
+            )
         is_special = bool(about.get("special", True))
         tokens.append(AddedToken(text, special=is_special, normalized=False))
     return tokens

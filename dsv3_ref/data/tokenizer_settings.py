@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_ref.checkpoints.atomic import read_text
+from dsv3_ref.checkpoints.atomic import clear_path, read_text
 from dsv3_ref.config import UserError
 
 # Files of a tokenizer, which a run copies from the model that it starts from.
@@ -61,9 +61,10 @@ def copy_tokenizer_settings(source: Path, target: Path) -> None:
         return
     copy_files(source, target, SETTINGS_FILES)
     stops = load_tokenizer_settings(source).stop_token_ids
-    if stops and not (target / "generation_config.json").exists():  # those of config.json
+    path = target / "generation_config.json"
+    if stops and not path.exists():  # those of config.json
         text = json.dumps({"eos_token_id": sorted(stops)})
-        (target / "generation_config.json").write_text(text, encoding="utf-8")
+        clear_path(path).write_text(text, encoding="utf-8")
 
 
 def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -81,7 +82,7 @@ def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
             )
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        shutil.copyfile(path, clear_path(copy))
 
 
 def leads_outside(path: Path, folder: Path) -> bool:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dsv3_ref.checkpoints.atomic import clear_path
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.tokenizer import new_tokenizer
 from dsv3_ref.model import Transformer
@@ -67,7 +68,7 @@ def write_gguf(
         raise UserError(INSTALL) from None
     check_shape(model.config)
     vocabulary = read_vocabulary(tokenizer, model.config.vocab_size)
-    part = path.with_name(f".{path.name}.dsv3-tmp")
+    part = clear_path(path.with_name(f".{path.name}.dsv3-tmp"))
     try:
         writer = gguf.GGUFWriter(part, ARCHITECTURE)
         add_hyperparameters(writer, model.config)

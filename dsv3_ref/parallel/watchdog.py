@@ -25,6 +25,8 @@ from typing import TypedDict
 
 import torch.distributed as dist
 
+from dsv3_ref.checkpoints.atomic import open_own
+
 EXIT_HANG = 70  # EX_SOFTWARE: the launchers queue the job again
 HEARTBEAT_S = 5.0  # between two heartbeats, or a tenth of an operation's time limit if that is less
 LONGEST_S = 1e8  # three years, which means no limit
@@ -169,7 +171,7 @@ class Watchdog(threading.Thread):
         self.heartbeat_s = min(HEARTBEAT_S, seconds / 10)
         self.ended = threading.Event()
         # opened now, because it may fail during a hang
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = open_own(self.path, "a")
         self.heartbeat()
 
     def run(self) -> None:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from dsv3_ref.checkpoints.atomic import clear_path, open_own
 from dsv3_ref.config import UserError
 from dsv3_ref.data.progress import ProgressBar
 from dsv3_ref.training.loggers import LOGGERS, WriteRow
@@ -32,7 +33,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        path.touch()
+        open_own(path, "ab").close()
         last = self.cut(step)
         if step and not is_row(last, step):
             raise UserError(
@@ -43,7 +44,7 @@ class MetricsWriter:
     def cut(self, step: int) -> bytes:
         """Keep only the rows up to a step, if there are so many; return the last of them."""
         self.step, last = step, b""
-        with self.path.open("rb+") as file:
+        with open_own(self.path, "rb+") as file:
             for _ in range(step):
                 last = file.readline()
             if not step or is_row(last, step):
@@ -52,7 +53,7 @@ class MetricsWriter:
         return last
 
     def __enter__(self) -> "MetricsWriter":
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = open_own(self.path, "a")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +64,7 @@ class MetricsWriter:
         if row["step"] <= self.step:
             self.file.close()
             self.cut(row["step"] - 1)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = open_own(self.path, "a")
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.step = row["step"]
@@ -115,7 +116,8 @@ class ExpertLoadWriter:
         """Append a row, so that it can be read even if the run is killed."""
         if self.file is None:
             self.path.parent.mkdir(exist_ok=True)
-            self.file = gzip.open(self.path, "wt", encoding="utf-8")  # noqa: SIM115  closed on exit
+            path = clear_path(self.path)
+            self.file = gzip.open(path, "wt", encoding="utf-8")  # noqa: SIM115  closed on exit
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dsv3_ref.checkpoints.atomic import clear_path
 from dsv3_ref.config import UserError
 from dsv3_ref.scale import GPU_SPECS, training_flops_per_token
 from dsv3_ref.training.settings import TrainConfig
@@ -63,10 +64,10 @@ def profile_step(
     with ExitStack() as stack:
         if chosen in args.profile:
             path = run_dir / "logs" / f"profile-step{step}-rank{rank}.json.gz"
-            stack.enter_context(record_trace(path, device))
+            stack.enter_context(record_trace(clear_path(path), device))
         if chosen in args.memory_snapshot:
             path = run_dir / "logs" / f"memory-step{step}-rank{rank}.pickle"
-            stack.enter_context(record_allocations(path))
+            stack.enter_context(record_allocations(clear_path(path)))
         yield
 
 

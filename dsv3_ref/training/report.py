@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from dsv3_ref.checkpoints.atomic import read_json
+from dsv3_ref.checkpoints.atomic import clear_path, read_json
 from dsv3_ref.config import UserError
 from dsv3_ref.viz import page, rl, training
 from dsv3_ref.viz.training import has, last, read_metrics, series
@@ -180,7 +180,8 @@ def render_loads(rows: Rows, names: list[str]) -> str:
     """Render a heatmap of expert loads per MoE layer."""
     if not has(rows, "expert_load"):
         return ""
-    names = training.layer_names(series(rows, "expert_load")[1].shape[1], names)
+    layers = min(training.MAX_PANELS, series(rows, "expert_load")[1].shape[1])
+    names = training.layer_names(layers, names)
     return f"<p>{page.text(CAPTIONS['expert_load'])}</p>" + "".join(
         page.drawing(training.plot_expert_load(rows, i, name), f"load{i}")
         for i, name in enumerate(names)
@@ -280,6 +281,7 @@ def write_report(run_dir: Path | str) -> Path:
     sections = render_sections(rows, run, summary)
     html = page.page(title, render_intro(rows, run, summary), sections)
     part, path = run_dir / "report.html.part", run_dir / "report.html"
+    clear_path(part)  # it may be a link
     part.write_text(html, encoding="utf-8", errors="backslashreplace")  # names of files: any bytes
     os.replace(part, path)  # a browser that reloads never reads a partial page
     return path
@@ -293,6 +295,8 @@ def main() -> None:
         print(write_report(parser.parse_args().run_dir))
     except UserError as e:
         sys.exit(f"error: {e}")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        sys.exit(f"error: the run holds values that cannot be shown ({e}): correct its files")
 
 
 if __name__ == "__main__":

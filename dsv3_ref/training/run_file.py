@@ -141,6 +141,8 @@ class RunFileLoader(yaml.SafeLoader):
 def read_mapping(path: Path) -> dict[Any, Any]:
     """Return the mapping in a YAML or JSON file."""
     is_json = path.suffix.lower() == ".json"
+    if path.is_fifo() and not str(path).startswith("/dev/"):  # there, a shell's <(…) writes at once
+        raise UserError(f"--config {path} is a named pipe, which may wait forever: give a run file")
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_RUN_FILE + 1)  # a pipe has no size, and a device no end

@@ -7,6 +7,7 @@ The command runs in its own process, so the page stays responsive. The curves ar
 import asyncio
 import atexit
 import io
+import os
 import shlex
 import signal
 import subprocess
@@ -107,10 +108,12 @@ class MetricsTail:
         try:
             if self.remote:
                 return fetch_url(self.path, start)
+            if not os.path.isfile(self.path):  # a pipe or a device has no end
+                return b""
             with open(self.path, "rb") as f:
                 f.seek(start)
                 return f.read()
-        except OSError:  # it does not exist yet, or the server does not answer
+        except OSError:  # it cannot be read, or the server does not answer
             return b""
 
 
@@ -156,6 +159,8 @@ class RunProcess:
         started_before = (self.folder / "run.json").is_file()
         words = [self.words[0], "--resume"] if started_before else self.words
         argv = [sys.executable, "-m", "dsv3_ref", *words, "--out", str(self.folder)]
+        if self.log.is_symlink():  # of a stranger's run, to a file elsewhere
+            self.log.unlink()
         with self.log.open("a", encoding="utf-8") as log:
             self.process = subprocess.Popen(argv, stdout=log, stderr=log)
         atexit.register(self.end)

@@ -8,6 +8,7 @@ that no row has raises `ValueError`; check `has(rows, key)` first. Axes of array
 import gzip
 import json
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,10 @@ from dsv3_ref.config import ceil_div
 from dsv3_ref.viz.style import BLUE, COLORS, GRAY, LINE_STYLES, ORANGE, figure
 
 LOAD_COLORS = LinearSegmentedColormap.from_list("uneven", [BLUE, "#FFFFFF", "#D55E00"])
+MAX_ROW = 1 << 24  # bytes of a row of loads; those of V3 have 300 KB
+LOAD_EXPANSION = 200  # of a compressed file; rows of numbers shrink to a tenth
+MIN_LOAD_BYTES = 1 << 28  # bytes that any file may expand to
+MAX_PANELS = 64  # layers; V3 has 59 with experts
 MAX_LINES = 8  # more lines than this cannot be told apart
 
 # ── Rows ──
@@ -52,20 +57,25 @@ def read_metrics(path: Path | str) -> list[dict]:
 def read_expert_load(folder: Path) -> Iterator[dict]:
     """Yield the rows of the gzipped files of a folder, in the order in which they were written.
 
-    A file may end in the middle of a row, if the run was killed.
+    A file may end in the middle of a row, if the run was killed. One that expands too much, or has
+    a longer row than any run writes, is read up to there: it may come from a stranger.
     """
-    for path in sorted(folder.glob("step_*.jsonl.gz")):
-        with suppress(EOFError), gzip.open(path, "rt", encoding="utf-8") as file:
-            yield from filter(None, map(as_row, file))
+    for path in filter(Path.is_file, sorted(folder.glob("step_*.jsonl.gz"))):
+        left = max(MIN_LOAD_BYTES, LOAD_EXPANSION * path.stat().st_size)
+        with suppress(EOFError, OSError, zlib.error), gzip.GzipFile(path) as file:
+            while left > 0 and (line := file.readline(MAX_ROW)):
+                left -= len(line) if line.endswith(b"\n") else left
+                if (row := as_row(line)) is not None:
+                    yield row
 
 
 def as_row(line: str | bytes) -> dict | None:
     """Parse a line of `metrics.jsonl`; return None if it is not a row."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def has(rows: list[dict], key: str) -> bool:
@@ -221,7 +231,7 @@ def plot_expert_load(rows: list[dict], layer: int = 0, name: str = "") -> Figure
 def plot_expert_bias(rows: list[dict], names: Sequence[str] | None = None) -> Figure:
     """Plot the gate bias of every expert against steps, a panel per MoE layer."""
     step, bias_nle = series(rows, "expert_bias")
-    layers, experts = bias_nle.shape[1:]
+    layers, experts = min(MAX_PANELS, bias_nle.shape[1]), bias_nle.shape[2]
     cols = min(2, layers)
     n_rows = ceil_div(layers, cols)
     fig, axes = figure(n_rows, cols, height=2.6 * n_rows, squeeze=False, sharey=True)

@@ -92,6 +92,7 @@ def test_of_a_run_the_newest_whole_checkpoint_is_loaded(run, micro):
     "text",
     ["", "{", "[]", '{"format": 2, "files": {}}', '{"format": 1}', '{"format": 1, "files": [1]}',
      '{"format": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}}',
+     '{"format": 1, "files": {"x\\u0000": {"bytes": 1, "sha256": ""}}}',
      '{"format": 1, "files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}',
      '{"format": 1, "files": {"config.json": {"bytes": "1", "sha256": ""}}}',
      '{"format": 1, "files": {"config.json": {}}}'],

@@ -8,18 +8,26 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chat_forms import FORMS, form_tokenizer
 
+from dsv3_ref.checkpoints.atomic import write_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, jinja_template
 from dsv3_ref.data.chat_template import ChatTemplate
-from dsv3_ref.data.formats import DataFile, read_rows, read_texts
+from dsv3_ref.data.formats import BrokenRow, DataFile, read_rows, read_texts
+from dsv3_ref.data.jinja_template import JinjaTemplate
+from dsv3_ref.data.shard_writer import Shard
 from dsv3_ref.data.shards import read_index
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, copy_files, copy_tokenizer_settings
 from dsv3_ref.export.tokenizer_files import copy_tokenizer_files
+from dsv3_ref.training.metrics import ExpertLoadWriter, MetricsWriter
+from dsv3_ref.training.report import write_report
 from dsv3_ref.training.run_file import read_mapping, read_run_file
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.viz import training
+from dsv3_ref.viz.live import MetricsTail
 
 # ── Chat templates ──
 
@@ -94,6 +102,14 @@ def chat_talk():
     return Conversation([{"role": "user", "content": "hi"}], None, {})
 
 
+def test_a_template_is_parsed_in_its_own_process(monkeypatch):
+    """20 MB of expressions would take gigabytes: where there is no limit, nothing is parsed."""
+    monkeypatch.setattr(jinja_template, "template_environment", None)
+    template = JinjaTemplate("{% generation %}{{ a.b['c'] }}{% endgeneration %}", "a model")
+    assert template.names == {"a", "b"}
+    assert (template.literals, template.has_generation_blocks) == ({"c"}, True)
+
+
 def test_a_conversation_of_all_private_characters_is_refused():
     text = "".join(map(chr, range(0xF0000, 0x110000)))
     with pytest.raises(UserError, match="private characters"):
@@ -136,6 +152,15 @@ def test_a_truncated_file_is_refused(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match="cannot read"):
         list(read_rows(file))
+
+
+def test_a_row_that_is_nested_deeply_is_left_out(tmp_path):
+    """A run of `dsv3 rl` ended with a `RecursionError` while it described its problems."""
+    lines = [f'{{"a": {"[" * depth}{"]" * depth}}}' for depth in (99, 100)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*lines, json.dumps({"a": [[]] * 200})]))
+    rows = [row for _, row in read_rows(DataFile(str(path), "json lines"))]
+    assert [isinstance(row, BrokenRow) for row in rows] == [False, True, False]
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
@@ -183,6 +208,78 @@ def test_a_run_file_of_aliases_is_refused(tmp_path):
     path.write_text("steps: &a [*a]\n")
     with pytest.raises(UserError, match="write the value again"):
         read_run_file(path, "train", TrainConfig)
+
+
+def test_a_named_pipe_is_no_run_file(tmp_path):
+    """It was waited for until somebody writes into it."""
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="named pipe"):
+        read_mapping(tmp_path / "run.yaml")
+
+
+# ── Runs of strangers ──
+
+
+WRITERS = {
+    "summary.part": lambda run: write_json(run / "summary.json", {}),
+    "report.html.part": write_report,
+    "step_0000001.jsonl.gz": lambda run: ExpertLoadWriter(run, 0, 1).write({"step": 1}),
+    "tokenizer_config.json": lambda run: copy_tokenizer_settings(run.parent / "base", run),
+    "shard-00000.bin.part": lambda run: Shard(run, "shard-00000", 0, "val", np.dtype("<u2")),
+}
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "metrics.jsonl"])
+def test_a_link_in_a_run_does_not_overwrite_what_it_leads_to(name, tmp_path):
+    """Somebody unpacks a run and resumes it, or writes its report: its links led to ~/.bashrc."""
+    run, base = tmp_path / "run", tmp_path / "base"
+    mine = tmp_path / "mine"
+    run.mkdir()
+    base.mkdir()
+    (base / "tokenizer_config.json").write_text("{}")
+    mine.write_text("mine")
+    if name != "metrics.jsonl":
+        (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run / name).symlink_to(mine)
+    if name == "metrics.jsonl":  # which is continued
+        with pytest.raises(UserError, match="metrics.jsonl is a link to .*mine"):
+            MetricsWriter(run / name, 0)
+    else:
+        WRITERS[name](run)
+    assert mine.read_text() == "mine"
+
+
+def test_loads_of_experts_that_expand_without_end_are_read_in_part(tmp_path, monkeypatch):
+    """Four megabytes once took six gigabytes, and a pipe was waited for."""
+    monkeypatch.setattr(training, "MIN_LOAD_BYTES", 1000)
+    monkeypatch.setattr(training, "MAX_ROW", 100)
+    row = b'{"step": 1, "expert_load": [[1]]}\n'
+    contents = {
+        1: gzip.compress(row), 2: gzip.compress(b" " * 200 + row), 3: b"not gzip",
+        4: gzip.compress(row) + b"\x1f\x8b\x08" + b"\0" * 7 + b"\xff" * 9,
+        5: gzip.compress(b"\n" * 999_999 + row), 6: gzip.compress(b"\xff\n" + row),
+    }  # fmt: skip
+    for number, content in contents.items():
+        (tmp_path / f"step_{number}.jsonl.gz").write_bytes(content)
+    os.mkfifo(tmp_path / "step_7.jsonl.gz")
+    assert list(training.read_expert_load(tmp_path)) == [json.loads(row)] * 3
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"step": [1]}', '{"step": null}', '{"step": 1e9}']
+)
+def test_a_row_has_a_step(line):
+    assert training.as_row(line) is None
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_metrics_without_end_are_not_waited_for(kind, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    assert MetricsTail(tmp_path).read() == []
 
 
 # ── Links, and names of files ──

@@ -7,6 +7,7 @@ import pytest
 from chat_forms import FORMS, MOON, TEXT, form_tokenizer, write_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data.chat_template import ChatTemplate
@@ -88,6 +89,8 @@ def test_a_directory_with_a_tiktoken_file_alone_chats(tmp_path):
 BROKEN = {
     "another class": ({"tokenizer_class": "OtherTokenizer"}, None, "add a tokenizer.json"),
     "no base64": ({}, "%% 0\n", "is not a tiktoken file"),
+    "a long token": ({}, f"{'AAAA' * 342} 0\n", "a token has 1,026 bytes"),
+    "added tokens": ({"added_tokens_decoder": [1]}, None, "must map ids to"),
     "missing ranks": ({}, "AA== 0\nAQ== 2\n", "ranks are missing"),
 }
 
@@ -99,6 +102,14 @@ def test_a_tiktoken_file_that_cannot_be_read_is_one_sentence(name, tmp_path):
     if content:
         (tmp_path / "tiktoken.model").write_text(content)
     with pytest.raises(UserError, match=sentence):
+        load_tokenizer(tmp_path)
+
+
+def test_an_id_that_is_too_high_is_refused(tmp_path):
+    """A list of two billion ids took 16 GB."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 2**31 - 1}, []))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="has the token id 2,147,483,647, above"):
         load_tokenizer(tmp_path)
 
 

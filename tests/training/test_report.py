@@ -332,6 +332,13 @@ def test_mistakes_are_told_in_a_sentence(tmp_path, undrawn):
         write_report(tmp_path / "x")
 
 
+def test_values_that_cannot_be_shown_are_a_sentence(tmp_path, undrawn, monkeypatch):
+    folder = make(tmp_path, fake_rows(2), summary=SUMMARY | {"val_bpb": "x"})
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    with pytest.raises(SystemExit, match="error: the run holds values that cannot be shown"):
+        report.main()
+
+
 def test_command_line(tmp_path):
     command = [sys.executable, "-m", "dsv3_ref.training.report"]
     folder = make(tmp_path / "x", fake_rows(5))
