@@ -171,26 +171,34 @@ def check_same_run(about: dict[str, Any], folder: Path) -> bool:
     if not has_manifest(folder):  # --no-verify
         return False
     manifest = read_manifest(folder)
-    before, now = manifest.get("fingerprints"), about["fingerprints"]
-    if before is None or before == now:
-        differences: list[str] = []
-    else:
-        differences = [
-            *differing_settings(before["settings"], now["settings"]),
-            *(["the tokenizer has changed"] * (before["tokenizer"] != now["tokenizer"])),
-            *differing_data(before["data"], now["data"]),
-        ]
+    try:
+        differences = list_differences(manifest.get("fingerprints"), about["fingerprints"])
+        writer = manifest.get("versions", {}).get("torch")
+    except (AttributeError, LookupError, TypeError) as e:
+        raise UserError(
+            f"the manifest of {folder} is damaged ({e}): restore it from a copy"
+        ) from None
     if differences:
         raise UserError(
             f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was "
             f"trained with, or start a new run from its weights: --init {folder}"
         )
-    writer = manifest.get("versions", {}).get("torch")
     installed = installed_versions()["torch"]
     if writer != installed:
         print(f"note: torch {writer} wrote {folder}, {installed} resumes it; "
               "results can differ in rounding")  # fmt: skip
     return True
+
+
+def list_differences(before: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """Return a phrase for each difference between two fingerprints; `before` may be missing."""
+    if before is None or before == now:
+        return []
+    return [
+        *differing_settings(before["settings"], now["settings"]),
+        *(["the tokenizer has changed"] * (before["tokenizer"] != now["tokenizer"])),
+        *differing_data(before["data"], now["data"]),
+    ]
 
 
 def differing_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -47,6 +47,8 @@ class MetricsWriter:
         with open_own(self.path, "rb+") as file:
             for _ in range(step):
                 last = file.readline()
+                if not last:  # the step of a damaged checkpoint may be any number
+                    break
             if not step or is_row(last, step):
                 file.truncate(file.tell())
                 os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """The state of a run, and the run itself: task, strategy, data and state."""
 
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,8 +49,8 @@ class TrainState:
         if with_data and self.loader:
             self.loader.load_state_dict(state["data"])
         load_rng_state_dict(state["rng"])
-        self.step, self.tokens = state["step"], state["tokens"]
-        self.seconds = state["seconds"]
+        self.step, self.tokens = index(state["step"]), index(state["tokens"])
+        self.seconds = float(state["seconds"])
 
 
 def rng_state_dict() -> dict[str, Tensor]:

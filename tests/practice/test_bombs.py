@@ -7,12 +7,14 @@ import lzma
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from chat_forms import FORMS, form_tokenizer
 
 from dsv3_ref.checkpoints.atomic import write_json
+from dsv3_ref.checkpoints.manifest import write_manifest
 from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, jinja_template
 from dsv3_ref.data.chat_template import ChatTemplate
@@ -22,10 +24,12 @@ from dsv3_ref.data.shard_writer import Shard
 from dsv3_ref.data.shards import read_index
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, copy_files, copy_tokenizer_settings
 from dsv3_ref.export.tokenizer_files import copy_tokenizer_files
+from dsv3_ref.training.checkpointer import check_same_run
 from dsv3_ref.training.metrics import ExpertLoadWriter, MetricsWriter
 from dsv3_ref.training.report import write_report
 from dsv3_ref.training.run_file import read_mapping, read_run_file
 from dsv3_ref.training.settings import TrainConfig
+from dsv3_ref.training.state import TrainState
 from dsv3_ref.viz import training
 from dsv3_ref.viz.live import MetricsTail
 
@@ -270,6 +274,35 @@ def test_loads_of_experts_that_expand_without_end_are_read_in_part(tmp_path, mon
 )
 def test_a_row_has_a_step(line):
     assert training.as_row(line) is None
+
+
+def test_the_step_of_a_checkpoint_may_be_any_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match="it lacks the row of step 1000000000000000000"):
+        MetricsWriter(path, 10**18)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("change", [{"step": "8"}, {"tokens": None}, {"seconds": []}])
+def test_a_state_holds_numbers(change):
+    limits = {"skip_grad_norm_factor": 0, "grad_norm_window": 4, "max_skipped_steps": 2}
+    state = TrainState(SimpleNamespace(**limits), None, None)
+    values = state.state_dict()
+    state.load_state_dict(values)
+    with pytest.raises(TypeError):  # which `Checkpointer.load` turns into a sentence
+        state.load_state_dict(values | change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"fingerprints": 3}, {"fingerprints": {}}, {"fingerprints": {"settings": 1}},
+               {"fingerprints": {"settings": {}, "tokenizer": "", "data": [1]}}, {"versions": 3}]
+)  # fmt: skip
+def test_fingerprints_that_make_no_sense_are_a_sentence(change, tmp_path):
+    write_manifest(tmp_path, change)
+    now = {"settings": {"lr": 1}, "tokenizer": "", "data": [{"name": "a"}]}
+    with pytest.raises(UserError, match="the manifest of .* is damaged"):
+        check_same_run({"fingerprints": now}, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
