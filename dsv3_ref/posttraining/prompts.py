@@ -1,5 +1,6 @@
 """Prompt tasks: problems to train on and held-out ones, with answers, worked answers and scores."""
 
+import ast
 import json
 import random
 import re
@@ -369,10 +370,19 @@ def parse_case(case: object) -> StdinCase | FunctionCase:
     """Parse a test case of a row; raise a `UserError` if it is malformed."""
     match case:
         case {"function": str(name), "args": list(args), "expected": expected}:
+            check_callee(name)
             return FunctionCase(name, tuple(args), expected)
         case {"stdin": str(stdin), "expected": str(expected)}:
             return StdinCase(stdin, expected)
     raise UserError('a case needs "stdin" and "expected", or "function", "args" and "expected"')
+
+
+def check_callee(name: str) -> None:
+    """Raise a `UserError` unless a name, such as `Solution().f`, is an expression of Python."""
+    try:
+        ast.parse(name, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise UserError(f'its "function" {name!r} is not one of Python: write a name') from None
 
 
 def is_nonempty_text(value: object) -> bool:

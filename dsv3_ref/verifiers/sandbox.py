@@ -151,11 +151,11 @@ def seccomp_filter() -> bytes:
 FIRST_PROCESS = "/proc/1"
 TMPFS = "/sys"  # where /tmp is mounted first: a folder of every Linux that sandboxes do not show
 
-# Runs in the program's own interpreter; `{started}` is closed before the program runs.
+# Runs in the program's own interpreter; `STARTED_FD` is closed before the program runs.
 RUN_SCRIPT = """
 import os, site
-os.write({started}, b"+")
-os.close({started})
+os.write(STARTED_FD, b"+")
+os.close(STARTED_FD)
 site.setquit()
 {setup}
 with open("/main.py", "rb") as source:
@@ -166,7 +166,7 @@ exec(globals().pop("code"))
 CALL_SCRIPT = f"""
 __import__("sys").modules["main"] = __import__("sys").modules[__name__]; __name__ = "main"
 {RUN_SCRIPT}
-__import__("os").write({{value}}, __import__("json").dumps({{function}}(
+__import__("os").write(VALUE_FD, __import__("json").dumps({{function}}(
     *__import__("json").load(__import__("io").open("/args.json")))).encode())
 """
 
@@ -277,7 +277,8 @@ def launch(
     for path, fd in files.items():
         command += ["--file", str(fd), path]
     command += ["--remount-ro", "/", "--", *interpreter_args(user, limits)]
-    command.append(script.format(value=value_fd, started=started_fd))
+    script = script.replace("VALUE_FD", str(value_fd)).replace("STARTED_FD", str(started_fd))
+    command.append(script)
     with open(info_fd, encoding="utf-8") as info:
         with open(info_write_fd, "w", encoding="utf-8"):
             process = subprocess.Popen(

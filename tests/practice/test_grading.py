@@ -348,6 +348,8 @@ def test_a_right_answer_to_a_row_earns_1(name, tmp_path):
         ({"prompt": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
          '"prompt" does not end with a user\'s turn'),
         ({"text": "a"}, '"question" is missing'),
+        ({"question": "a", "cases": [{"function": "{x:9999999999d}", "args": [], "expected": 1}]},
+         "is not one of Python"),
     ],
 )  # fmt: skip
 def test_rows_that_are_left_out(row, why, tmp_path):

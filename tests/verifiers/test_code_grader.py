@@ -220,6 +220,13 @@ FORGERIES = {
     "a child that answers otherwise": "if os.fork() == 0:\n say(b'4'); print(4, flush=True)\n"
     " os._exit(0)\nos.wait()\ndef f(x): return 0",
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["{}", "{value}", "{started}", "{0}"])
+def test_the_name_of_a_function_is_not_a_format(name):
+    assert FunctionCase(name, (), 1).passed("value = started = 1") is False
+
+
 CASES = [FunctionCase("f", (41,), 42), StdinCase("41", "42\n")]
 
 
