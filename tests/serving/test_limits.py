@@ -241,7 +241,7 @@ def half_read(server, address, num_clients: int):
     reader = threading.Thread(target=read_a_little)
     reader.start()
     try:
-        yield
+        yield clients
     finally:
         has_ended.set()
         reader.join()
@@ -273,9 +273,10 @@ def test_slow_readers_give_way_to_others(folder):
 def test_what_clients_do_not_read_is_bounded(folder, monkeypatch):
     """Of two clients that together leave too much unread, the one that is behind longer goes."""
     monkeypatch.setattr(http_server, "MAX_UNREAD_BYTES", 130_000)  # one is behind with 65,536
-    with limited(folder) as (address, _, server), half_read(server, address, 2):
-        wait_until(lambda: len(server.server_state.connections) == 1)
-        assert behind(server) == 1 and ask(address).status_code == 200
+    with limited(folder) as (address, _, server), half_read(server, address, 2) as clients:
+        port = clients[1].getsockname()[1]
+        wait_until(lambda: [c.client[1] for c in server.server_state.connections] == [port])
+        assert ask(address).status_code == 200
 
 
 # ── Size ──
