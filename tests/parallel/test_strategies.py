@@ -303,7 +303,7 @@ def test_tokens_are_sent_in_fp8_where_it_is_computed_in_unless_told(
     got = strategy.build_engine(task)
     assert got == (
         TINY, config.recipe, strategy.mesh, config.schedule, 7, torch.bfloat16, config.zero, 3, 2,
-        is_fp8, True, "loss", precision, 1.2,
+        is_fp8, True, "loss", precision, 1.2, 0,
     )  # fmt: skip
 
 
