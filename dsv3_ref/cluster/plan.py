@@ -41,6 +41,7 @@ from dsv3_ref.parallel.bucket import (
     bucket_key,
     parameter_shapes,
     rank_state_bytes,
+    staged_bytes,
 )
 from dsv3_ref.parallel.build import owning_ranks, stages_with_param
 from dsv3_ref.parallel.mesh import MeshLayout
@@ -160,6 +161,7 @@ class Estimate:
     spans: list[Span]
     tail: float  # seconds after the pipeline: gradients and weights over IB, AdamW
     step: StepSettings
+    staged: int  # bytes that a rank copies to its host for a checkpoint, of the one with most
 
     @property
     def seconds(self) -> float:
@@ -342,6 +344,10 @@ def estimate(plan: PlanConfig) -> Estimate:
         spans=pipeline_spans(step, plan.rates, plan.overheads),
         step=step,
         tail=max(sum(step_tail(plan.rates, rank)) for rank in counts),
+        staged=max(
+            staged_bytes(config, stages, rank, plan.dp, plan.ep, plan.precision)
+            for rank in range(plan.pp)
+        ),
     )
 
 
@@ -589,9 +595,11 @@ def format_fit(result: Estimate) -> str:
 
 
 def format_checkpoint(result: Estimate) -> str:
-    """Return what a rank copies to its host for a checkpoint: masters, moments and averages."""
-    most = max(rank.masters + rank.moments + rank.host for rank in result.ranks)
-    return f"a checkpoint stages at most {most / 1e9:.2f} GB per GPU on its host"
+    """Return what a rank copies to its host for a checkpoint."""
+    return (
+        f"a checkpoint stages at most {result.staged / 1e9:.2f} GB per GPU on its host, averaged "
+        "masters included"
+    )
 
 
 def format_estimate(result: Estimate) -> str:

@@ -74,12 +74,17 @@ class StateBytes(NamedTuple):
     moments: int
 
 
+def shard_numel(shapes: Sequence[torch.Size], group_size: int) -> int:
+    """Return the elements of a bucket that one of `group_size` ranks updates."""
+    return ceil_div(sum(shape.numel() for shape in shapes), group_size)
+
+
 def bucket_bytes(
     shapes: Sequence[torch.Size], key: BucketKey, group_size: int, moments: torch.dtype,
     sharded: bool,
 ) -> StateBytes:  # fmt: skip
     """Return the bytes of a bucket of fp32 parameters of these shapes."""
-    numel = ceil_div(sum(shape.numel() for shape in shapes), group_size) * group_size
+    numel = shard_numel(shapes, group_size) * group_size
     shard = numel // group_size if sharded else numel
     bytes_per_weight = {"fp32": 4, "bf16": 2, "fp8": 1}[key.weight_format]
     scales = 4 * num_scales(shapes) if key.weight_format == "fp8" else 0
@@ -101,6 +106,19 @@ def rank_state_bytes(
     precision: Precision, moments: torch.dtype = torch.bfloat16, sharded: bool = True,
 ) -> StateBytes:  # fmt: skip
     """Return the bytes of the buckets that a rank of a mesh pp × dp × ep holds."""
+    shapes = bucket_shapes(config, stages_by_rank, pp_rank, ep, precision)
+    buckets = [
+        bucket_bytes(own, key, key.group_size(dp, ep), moments, sharded)
+        for key, own in shapes.items()
+    ]
+    return StateBytes(*map(sum, zip(*buckets)))
+
+
+def bucket_shapes(
+    config: Config, stages_by_rank: Sequence[Sequence[int]], pp_rank: int, ep: int,
+    precision: Precision,
+) -> dict[BucketKey, list[torch.Size]]:  # fmt: skip
+    """Return the shapes of the parameters in each bucket of a rank."""
     shapes: dict[BucketKey, list[torch.Size]] = {}
     for name, shape in parameter_shapes(config).items():
         key = bucket_key(name, len(shape), config, stages_by_rank, precision)
@@ -108,11 +126,33 @@ def rank_state_bytes(
             first, *rest = shape
             local = torch.Size((first // ep, *rest)) if key.expert else shape
             shapes.setdefault(key, []).append(local)
-    buckets = [
-        bucket_bytes(own, key, key.group_size(dp, ep), moments, sharded)
-        for key, own in shapes.items()
-    ]
-    return StateBytes(*map(sum, zip(*buckets)))
+    return shapes
+
+
+def staged_bytes(
+    config: Config, stages_by_rank: Sequence[Sequence[int]], pp_rank: int, dp: int, ep: int,
+    precision: Precision, moments: torch.dtype = torch.bfloat16,
+) -> int:  # fmt: skip
+    """Return the most bytes that a rank of a mesh copies to its host for a checkpoint.
+
+    They are its shards, whether or not it holds more: masters, moments, averaged masters, and the
+    biases of the gates, which the first rank of a stage writes.
+    """
+    numel = 0
+    for key, shapes in bucket_shapes(config, stages_by_rank, pp_rank, ep, precision).items():
+        numel += shard_numel(shapes, key.group_size(dp, ep))
+    biases = 0
+    for name, numel_of_bias in gate_biases(config).items():
+        if owning_ranks(name, config, stages_by_rank)[0] == pp_rank:
+            biases += 4 * numel_of_bias
+    return (4 + 2 * moments.itemsize + 4) * numel + biases
+
+
+@cache
+def gate_biases(config: Config) -> dict[str, int]:
+    """Return the number of elements of every bias of a gate, which no optimizer updates."""
+    with torch.device("meta"):
+        return {name: x.numel() for name, x in Transformer(config).named_buffers()}
 
 
 # ── The tensors ──

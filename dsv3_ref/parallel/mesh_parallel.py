@@ -165,19 +165,10 @@ class MeshParallel:
 
     def read_out(
         self, task: Task, batch: RowBatch, readout: Readout, width: int,
-        frozen: Pipeline | None = None, gather: bool = False,
+        frozen: Pipeline | None = None,
     ) -> Tensor:  # fmt: skip
-        """Return `width` values of each row by a forward pass of the pipeline, (b, width).
-
-        Without `gather` only this data index's own rows have values; the others are 0.
-        """
-        pipeline = frozen or self.engine.pipeline
-        values_bx = pipeline.read_out(batch, readout, width)
-        if not gather:
-            return values_bx
-        if self.mesh.pp_rank:  # the first rank of each pipeline counts
-            values_bx.zero_()
-        return self.mesh.all_reduce_sum(values_bx)
+        """Return `width` values of each row by a forward pass of the pipeline, (b, width)."""
+        return (frozen or self.engine.pipeline).read_out(batch, readout, width)
 
     @contextmanager
     def precision_context(self) -> Iterator[None]:

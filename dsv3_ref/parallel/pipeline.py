@@ -299,8 +299,8 @@ class Pipeline:
     def read_out(self, batch: RowBatch, readout: Readout, width: int) -> Tensor:
         """Return a readout of every row of a global batch after a forward pass, (b, width).
 
-        readout: `width` values for each row of a micro-batch, from the last hidden states. All
-        ranks of a pipeline get those of its own rows; the rows of other data indices are 0.
+        readout: `width` values for each row of a micro-batch, from the last hidden states. Exactly
+        one rank computes the values of a row; a sum over all ranks gives them to the others.
         """
         parts = self.split(batch)
         weights = [LossWeights(0.0)] * len(parts)
@@ -312,15 +312,12 @@ class Pipeline:
 
         microbatches = self.repeat_if_cut(attempt)
         dtype = torch.promote_types(self.dtype, torch.float32)
-        own = torch.zeros(sum(map(len, parts)), width, dtype=dtype, device=self.mesh.device)
+        values = torch.zeros(len(batch), width, dtype=dtype, device=self.mesh.device)
+        own = values.tensor_split(self.mesh.data_size)[self.mesh.data_rank]
         for own_part, x in zip(own.split([len(part) for part in parts]), microbatches):
             if x.output is not None:
                 own_part.copy_(x.output)
-        with track_operation("values of a forward pass", self.mesh.up_group):
-            dist.all_reduce(own, group=self.mesh.up_group)  # one rank has each value, others 0
-        values = own.new_zeros(len(batch), width)
-        values.tensor_split(self.mesh.data_size)[self.mesh.data_rank].copy_(own)
-        return values
+        return self.mesh.all_reduce_sum(values)
 
     def microbatches(
         self, rows: list[RowBatch], weights: list[LossWeights], stats: LossStats,

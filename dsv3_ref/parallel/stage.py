@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dsv3_ref.block import MTP, Block
 from dsv3_ref.config import Config
@@ -118,7 +120,7 @@ class Stage:
         tokens_bs = batch.model_input.tokens_bs
         rope = batch.sequence.rope(self.config, tokens_bs.device)
         if self.first:
-            x_bsd = tape.run(self.model.embed, batch.sequence.take(tokens_bs))
+            x_bsd = tape.run(self.embed, batch.sequence.take(tokens_bs))
         assert x_bsd is not None, "only the first stage has no input"
         for i in self.layers:
             block = cast(Block, self.model.layers[str(i)])
@@ -126,6 +128,10 @@ class Stage:
         if self.last:
             yield from self.losses(tape, x_bsd, batch)
         return x_bsd
+
+    def embed(self, tokens_bs: Tensor) -> Tensor:
+        """Return the embeddings of tokens, (b, s, d)."""
+        return EmbeddingFunction.apply(self.model.embed.weight, tokens_bs)
 
     def block(
         self, tape: Tape, name: str, block: Block, x_bsd: Tensor, rope: Rope,
@@ -201,7 +207,7 @@ class Stage:
 
     def mtp_input(self, module: MTP, next_tokens_bs: Tensor, h_bsd: Tensor) -> Tensor:
         """Return M [norm(Emb(t)); norm(h)] at the positions that have a next token (eq. 21)."""
-        e_bsd = self.model.embed(next_tokens_bs)
+        e_bsd = self.embed(next_tokens_bs)
         return module.project(h_bsd[:, : next_tokens_bs.shape[1]], e_bsd)
 
     def add_loss(
@@ -238,6 +244,32 @@ class Stage:
         nll, dh_nd = cross_entropy_and_grads(h.flatten(0, -2), *args)
         tape.add_grad(h, dh_nd.view_as(h))
         return nll * share
+
+
+# ── The embedding ──
+
+
+class EmbeddingFunction(torch.autograd.Function):
+    """`F.embedding`, whose backward pass adds the gradients of tokens to the table's `main_grad`.
+
+    Autograd would allocate a gradient of the whole table in every micro-batch: 1.9 GB for V3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_wd: Tensor, tokens_bs: Tensor) -> Tensor:
+        """Return the rows of the tokens, (b, s, d)."""
+        ctx.weight_wd = weight_wd
+        ctx.save_for_backward(tokens_bs)
+        return F.embedding(tokens_bs, weight_wd)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_bsd: Tensor) -> tuple[None, None]:
+        """Add each token's gradient to its row, in the dtype of `main_grad`."""
+        (tokens_bs,), grad_wd = ctx.saved_tensors, ctx.weight_wd.main_grad
+        grad_nd = grad_bsd.flatten(0, 1).to(grad_wd.dtype)
+        grad_wd.index_add_(0, tokens_bs.flatten(), grad_nd)
+        return None, None
 
 
 # ── Segments of a block with experts ──

@@ -229,9 +229,7 @@ class RewardTask:
         for i in range(0, len(self.held_out), VAL_PAIRS):
             rows = self.row_batch(run, self.held_out[i : i + VAL_PAIRS])
             with run.strategy.precision_context():
-                reward_b2 = run.strategy.read_out(
-                    self, rows, self.objective.read_scores, 2, gather=True
-                )
+                reward_b2 = run.strategy.read_out(self, rows, self.objective.read_scores, 2)
             rewards.append(reward_b2.flatten())
         return torch.cat(rewards)
 

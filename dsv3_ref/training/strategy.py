@@ -119,12 +119,10 @@ class Strategy(Protocol):
 
     def read_out(
         self, task: Task, batch: RowBatch, readout: Readout, width: int, frozen: Any = None,
-        gather: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return `width` values of each row by a forward pass without gradients, (b, width).
 
-        frozen: the result of `load_frozen`; None: the trained model. If the rows of a batch belong
-        to several data indices, those of others are 0 unless `gather` is True.
+        frozen: the result of `load_frozen`; None: the trained model.
         """
 
     def expert_biases(self) -> list[Tensor | None]:
@@ -324,7 +322,6 @@ class SingleProcess:
     @torch.no_grad()
     def read_out(
         self, task: Task, batch: RowBatch, readout: Readout, width: int, frozen: Any = None,
-        gather: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return `width` values of each row by a forward pass without gradients, (b, width)."""
         model = frozen or self.model

@@ -3,13 +3,17 @@
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from gang import gather_bucket
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dsv3_ref import ops
 from dsv3_ref.checkpoints.sharded import held_ranges, stage
@@ -19,10 +23,15 @@ from dsv3_ref.fp8 import E4M3, weight_quant
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.block_scales import BlockScales, num_scales
-from dsv3_ref.parallel.bucket import parameter_shapes, rank_state_bytes, weight_format
+from dsv3_ref.parallel.bucket import (
+    parameter_shapes,
+    rank_state_bytes,
+    staged_bytes,
+    weight_format,
+)
 from dsv3_ref.parallel.engine import ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
-from dsv3_ref.parallel.stage import Stage
+from dsv3_ref.parallel.stage import EmbeddingFunction, Stage
 from dsv3_ref.pretrain import train_step
 from dsv3_ref.training.objective import RowBatch
 
@@ -74,6 +83,42 @@ def draw(n: int, seed: int = 0) -> torch.Tensor:
 
 def relative(got, want) -> float:
     return ((got - want).norm() / want.norm()).item()
+
+
+# ── The embedding ──
+
+
+class Results(TorchDispatchMode):
+    """(shape, address) of the results of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        result = fn(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.found |= {(x.shape, x.data_ptr()) for x in tensors}
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_tokens_are_added_to_the_table_without_a_table_of_their_own(dtype):
+    """The sum of two micro-batches is exact: only the gradients of tokens are narrow."""
+    weight, wide = torch.randn(50, 8, dtype=dtype, requires_grad=True), torch.float64
+    weight.main_grad = torch.zeros(50, 8, dtype=wide)
+    reference = weight.detach().to(wide).requires_grad_()
+    for _ in range(2):
+        tokens_bs, g_bsd = torch.randint(20, (3, 40)), torch.randn(3, 40, 8, dtype=dtype)
+        F.embedding(tokens_bs, reference).backward(g_bsd.to(wide))
+        x_bsd = EmbeddingFunction.apply(weight, tokens_bs)
+        assert torch.equal(x_bsd, weight[tokens_bs])
+        with Results() as results:
+            x_bsd.backward(g_bsd)
+        assert weight.grad is None
+        tables = [address for shape, address in results.found if shape == weight.shape]
+        assert set(tables) == {weight.main_grad.data_ptr()}
+    torch.testing.assert_close(weight.main_grad, reference.grad, rtol=1e-14, atol=1e-14)
 
 
 # ── Quantization of slices ──
@@ -158,16 +203,24 @@ def state_bytes(shape, schedule, zero: bool, precision: str):
     grads = {b.grad.untyped_storage().data_ptr() for b in zero_optimizer.buckets}
     reduced = {b.shard.grad.untyped_storage().data_ptr() for b in zero_optimizer.buckets}
     own = sum(storage.nbytes() for storage in storages.values())
-    return planned, zero_optimizer.bytes, own, grads == reduced
+    average = SimpleNamespace(mean=zero_optimizer.masters())
+    staged = sum(x.values.nbytes for x in stage(held_ranges(engine, average, once=True)).values())
+    stages = stages_by_rank(schedule, mesh.pp)
+    limit = staged_bytes(CONFIG, stages, mesh.pp_rank, mesh.dp, mesh.ep, precision)
+    return planned, zero_optimizer.bytes, own, grads == reduced, (mesh.pp_rank, limit, staged)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("shape, schedule, zero", MESHES, ids=str)
 def test_a_rank_keeps_the_bytes_that_the_formula_says(shape, schedule, zero, precision, gang):
     answers = gang.run(prod(shape), state_bytes, shape, schedule, zero, precision)
-    for planned, held, own, in_place in answers:
+    most: dict[tuple[int, int], int] = {}
+    for planned, held, own, in_place, (pp_rank, limit, staged) in answers:
         assert planned == held and own == planned.weights
         assert in_place, "the reduced gradient lies in the flat gradient"
+        most[pp_rank, limit] = max(staged, most.get((pp_rank, limit), 0))
+    for (_, limit), staged in most.items():
+        assert staged == limit, "a checkpoint copies the shards, also without ZeRO"
 
 
 def test_the_state_of_v3_on_2048_gpus():
