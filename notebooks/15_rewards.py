@@ -302,18 +302,16 @@ class PreferenceOutput(NamedTuple):
     reward_m: Tensor
 
 
-def pair_loss(
-    h_nd: Tensor, head_wd: Tensor, tokens_n: Tensor, mask_n: Tensor, cu_seqlens: Tensor,
-    special_tokens: SpecialTokens, judgment_weight: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute `preference_loss` from the last hidden states; return it and the rewards, (m,)."""
-    reward_m = reward_scores(h_nd, head_wd, cu_seqlens, special_tokens)
-    loss = bradley_terry(reward_m)[0].mean()
-    mask_n = mask_n[1:]
-    if judgment_weight and mask_n.any():
-        nll = linear_cross_entropy(h_nd[:-1][mask_n], head_wd, tokens_n[1:][mask_n])
-        loss = loss + judgment_weight * nll / len(reward_m)
-    return loss, reward_m
+def judgment_loss(
+    h_kd: Tensor, head_wd: Tensor, y_k: Tensor, num_samples: int, judgment_weight: float
+) -> Tensor:
+    """Compute −λ/m log p of the tokens of judgments in m samples, the last term of the loss.
+
+    h_kd: the hidden states that predict the tokens; y_k: the tokens.
+    """
+    if not (judgment_weight and len(y_k)):
+        return h_kd.new_zeros(())
+    return judgment_weight * linear_cross_entropy(h_kd, head_wd, y_k) / num_samples
 
 
 def preference_loss(
@@ -325,10 +323,11 @@ def preference_loss(
     mask_1n: the tokens of judgments. cu_seqlens: 0 and the end of each sample.
     """
     h_1nd, routes = model.hidden_states(tokens_1n, cu_seqlens=cu_seqlens)
-    loss, reward_m = pair_loss(
-        h_1nd[0], model.head.weight, tokens_1n[0], mask_1n[0], cu_seqlens, special_tokens,
-        judgment_weight,
-    )  # fmt: skip
+    head_wd, mask_n = model.head.weight, mask_1n[0, 1:]
+    reward_m = reward_scores(h_1nd[0], head_wd, cu_seqlens, special_tokens)
+    h_kd, y_k = h_1nd[0, :-1][mask_n], tokens_1n[0, 1:][mask_n]
+    loss = bradley_terry(reward_m)[0].mean()
+    loss = loss + judgment_loss(h_kd, head_wd, y_k, len(reward_m), judgment_weight)
     return PreferenceOutput(LossOutput(loss, [], loss.new_zeros(()), routes), reward_m)
 
 

@@ -7,6 +7,7 @@ it. Attention gathers the latents of a group's ranks, and its backward pass sums
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dsv3_ref.long_context import (
 from dsv3_ref.ops import recompute
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.rope import Rope
-from dsv3_ref.training.objective import Targets
+from dsv3_ref.training.objective import SequenceTokens
 
 
 class AllGather(torch.autograd.Function):
@@ -76,20 +77,22 @@ def split_heads(weight: Tensor, n: int) -> list[Any]:
     return parts
 
 
-class SequencePart:
+class SequencePart(SequenceTokens):
     """The tokens of a micro-batch's sequences that this rank computes: all, or those of a zig-zag.
 
     group: the ranks that share the sequences; None: this rank has all tokens. s: tokens of a
-    sequence. bounds: 0 and the end of each of its samples, if it is packed. ahead: the last tokens
-    of the sequence that are left out, as by an MTP module.
+    sequence. cu_seqlens: 0 and the end of each of its samples, if it is packed, and the same as
+    `bounds` on the host. ahead: the last tokens of the sequence that are left out, as by an MTP
+    module.
     """
 
     def __init__(
         self, group: dist.ProcessGroup | None, s: int, cu_seqlens: Tensor | None = None,
-        ahead: int = 0,
+        bounds: Sequence[int] = (), ahead: int = 0,
     ):  # fmt: skip
         self.group, self.cu_seqlens = group, cu_seqlens
         self.s, self.end = s, s - ahead
+        self.bounds = bounds or [0, self.end]
         self.chunks: Sequence[range] = [range(self.end)]
         self.size = 1
         if group is not None:
@@ -112,16 +115,27 @@ class SequencePart:
             return x_bs[:, : self.end]
         return torch.cat([x_bs[:, c.start : c.stop] for c in self.chunks], dim=1)
 
-    def take_targets(self, targets: Targets, shape: torch.Size) -> Targets:
-        """Return the targets among this rank's positions; shape: (b, s) of all positions."""
-        place_n, y_n = targets
-        if self.group is None or place_n is None:
-            return targets
-        row_bs = torch.full((shape.numel(),), -1)  # of each position in y_n
-        row_bs[place_n] = torch.arange(len(y_n))
-        own_n = self.take(row_bs.view(shape)).flatten()
-        place_n = (own_n >= 0).nonzero()[:, 0]
-        return Targets(place_n, y_n[own_n[place_n]])
+    def take_places(self, place_n: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return this rank's positions of some positions, and their numbers in `place_n`."""
+        if self.group is None:
+            return super().take_places(place_n, shape)
+        number_bs = torch.full((prod(shape),), -1)
+        number_bs[place_n] = torch.arange(len(place_n))
+        own_n = self.take(number_bs.view(*shape)).flatten()
+        own_k = (own_n >= 0).nonzero()[:, 0]
+        return own_k, own_n[own_k]
+
+    def complete(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the ranks of the group, with the gradient of this rank's x."""
+        if self.group is None:
+            return x
+        own = x.detach()
+        return x + (self.sum_over_ranks(own.clone()) - own)
+
+    @property
+    def counts(self) -> bool:
+        """True on the first rank of the group."""
+        return self.group is None or dist.get_rank(self.group) == 0
 
     def rope(self, config: Config, device: torch.device) -> Rope:
         """Return the rotations of this rank's tokens, and their attention to those of all ranks."""
@@ -146,10 +160,9 @@ class SequencePart:
         Recomputation gathers the latents again instead of saving them, and computes keys and values
         of a group of heads at a time.
         """
-        bounds = [0, self.end] if self.cu_seqlens is None else self.cu_seqlens.tolist()
         kv_btx = recompute(self.all_gather, c_bsc, k_bsr)
         c_btc, k_btr = kv_btx.tensor_split([c_bsc.shape[-1]], dim=-1)
-        spans = query_spans(self.chunks, bounds)
+        spans = query_spans(self.chunks, self.bounds)
         h = q_bshi.shape[2]
         fp8 = wkv_b.dtype == E4M3
         weights = split_heads(wkv_b, num_head_groups(h, len(wkv_b), self.size, fp8))

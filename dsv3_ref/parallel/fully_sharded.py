@@ -209,8 +209,10 @@ class GatheringPipeline(Pipeline):
         weights, stats = batch.weights, batch.stats
         tokens_bs, cu_seqlens = batch.model_input
         h_bsd, routes = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
+        part = batch.sequence
+        places = batch.places or self.objective.locate(batch.rows, part)
         if batch.readout:
-            batch.output = batch.readout(h_bsd, model.head.weight, batch.rows)
+            batch.output = batch.readout(h_bsd, model.head.weight, batch.rows, places, part)
             return h_bsd
         depths: list[tuple[Tensor, Route]] = []
         if training and self.objective.trains_mtp:
@@ -221,7 +223,9 @@ class GatheringPipeline(Pipeline):
         if not weights.share:  # the gradients are 0, but every rank takes part in their sums
             outputs = [h_bsd, *(h for h, _ in depths), model.head.weight]
             return 0.0 * sum((x.sum() for x in outputs), h_bsd.new_zeros(()))
-        main = weights.share * self.objective.loss(h_bsd, model.head.weight, batch.rows)
+        main = weights.share * self.objective.loss(
+            h_bsd, model.head.weight, batch.rows, places, part
+        )
         balance = weights.share * sum(map(balance_loss, routes), main.new_zeros(()))
         stats.main, stats.balance = stats.main + main.detach(), stats.balance + balance.detach()
         loss = main + weights.alpha * balance

@@ -39,10 +39,11 @@ from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher
 from dsv3_ref.parallel.watchdog import track_operation
 from dsv3_ref.training.objective import (
     NEXT_TOKEN_LOSS,
-    CrossEntropyLoss,
+    NextTokenLoss,
     Objective,
     Readout,
     RowBatch,
+    tensors_to,
 )
 
 # ── Messages ──
@@ -332,15 +333,13 @@ class Pipeline:
         microbatches = []
         for part, weight in zip(rows, weights, strict=True):
             model_input = objective.model_input(part)
-            shape = model_input.tokens_bs.shape
-            on_device = model_input.to(device)
-            sequence = SequencePart(self.cp_group, shape[1], on_device.cu_seqlens)
+            on_device = tensors_to(model_input, device)
+            length = model_input.tokens_bs.shape[1]
+            bounds = [] if model_input.cu_seqlens is None else model_input.cu_seqlens.tolist()
+            sequence = SequencePart(self.cp_group, length, on_device.cu_seqlens, bounds)
             batch = MicroBatch(part.to(device), on_device, sequence, weight, stats, readout)
-            if isinstance(objective, CrossEntropyLoss):
-                targets = objective.targets(part)
-                batch.num_targets = len(targets.y_n)
-                if targets.place_n is not None:  # else views of the rows, found when needed
-                    batch.targets = sequence.take_targets(targets, shape).to(device)
+            if not isinstance(objective, NextTokenLoss):  # whose targets are views of the rows
+                batch.places = tensors_to(objective.locate(part, sequence), device)
             microbatches.append(batch)
         return microbatches
 

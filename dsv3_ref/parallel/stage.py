@@ -27,12 +27,10 @@ from dsv3_ref.rope import Rope
 from dsv3_ref.scale import partition_layers
 from dsv3_ref.training.objective import (
     NEXT_TOKEN_LOSS,
-    CrossEntropyLoss,
     ModelInput,
     Objective,
     Readout,
     RowBatch,
-    Targets,
 )
 
 
@@ -76,8 +74,8 @@ class MicroBatch:
     """A micro-batch in a stage: its rows, what the model reads of them, and the sums so far.
 
     sequence: the tokens of the input that this rank computes. readout: computed by the last stage
-    in place of the loss; its result becomes `output`. targets: of this rank's tokens in a
-    cross-entropy of some tokens only; num_targets: the number of all ranks.
+    in place of the loss; its result becomes `output`. places: what the objective has located on the
+    host; None: it is located when it is needed.
     """
 
     rows: RowBatch
@@ -87,8 +85,7 @@ class MicroBatch:
     stats: LossStats
     readout: Readout | None = None
     output: Tensor | None = None
-    targets: Targets | None = None
-    num_targets: int = 0
+    places: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -163,29 +160,25 @@ class Stage:
     def losses(self, tape: Tape, x_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
         """Add the task's loss and the loss of each MTP depth to the stats, or run the readout."""
         h_bsd = tape.run(self.model.norm, x_bsd)
-        head_wd = self.model.head.weight
-        if batch.readout:
-            batch.output = batch.readout(h_bsd, head_wd, batch.rows)
-            return
+        head_wd, rows = self.model.head.weight, batch.rows
         share, objective = batch.weights.share, self.objective
-        if isinstance(objective, CrossEntropyLoss):
-            place_n, y_n = batch.targets or self.all_targets(objective, batch)
+        part = batch.sequence
+        places = batch.places or objective.locate(rows, part)
+        if batch.readout:
+            batch.output = batch.readout(h_bsd, head_wd, rows, places, part)
+            return
+        if objective.is_cross_entropy:
             h_nd = h_bsd
-            if place_n is not None:
-                h_nd = tape.run(lambda h: h.flatten(0, 1)[place_n], h_bsd)
-            value = self.add_cross_entropy(tape, h_nd, y_n, share / max(1, batch.num_targets))
+            if places.place_n is not None:
+                h_nd = tape.run(lambda h: h.flatten(0, 1)[places.place_n], h_bsd)
+            value = self.add_cross_entropy(tape, h_nd, places.y_n, share / max(1, places.total))
         else:
             value = self.add_loss(
-                tape, lambda h: objective.loss(h, head_wd, batch.rows), h_bsd, share
+                tape, lambda h: objective.loss(h, head_wd, rows, places, part), h_bsd, share
             )
         batch.stats.main = batch.stats.main + value
         if objective.trains_mtp and tape.training:
             yield from self.mtp_losses(tape, h_bsd, batch)
-
-    def all_targets(self, objective: CrossEntropyLoss, batch: MicroBatch) -> Targets:
-        """Return the targets of this rank's positions, which all count."""
-        y_bs = objective.targets(batch.rows).y_n.view(batch.model_input.tokens_bs.shape)
-        return Targets(None, batch.sequence.take(y_bs).flatten())
 
     def mtp_losses(self, tape: Tape, h_bsd: Tensor, batch: MicroBatch) -> Steps[None]:
         """Add the loss of each MTP depth to the stats (eq. 21–25)."""

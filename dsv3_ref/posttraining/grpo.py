@@ -545,10 +545,10 @@ class GRPOTask:
 
     def logprobs(self, run: Run, rollouts: list[Rollout], frozen: Any = None) -> list[Tensor]:
         """Return log π of each completion's tokens, under the trained or under a frozen model."""
-        rows = make_rows(rollouts).to(self.device)
+        rows = make_rows(rollouts)
         width = rows.sampled_logp_bt.shape[1]
         logp_bt = run.strategy.read_out(self, rows, self.objective.read_logprobs, width, frozen)
-        return [logp_t[: len(x.tokens)] for x, logp_t in zip(rollouts, logp_bt)]
+        return [logp_t[: len(x.tokens)] for x, logp_t in zip(rollouts, logp_bt.to("cpu"))]
 
     def micro_batches(self, run: Run, batch: list[Rollout]) -> list[RolloutRows]:
         """Split the rollouts with a gradient into parts of at most --micro-batch."""
@@ -559,7 +559,7 @@ class GRPOTask:
         total = run.strategy.all_reduce({"tokens": self.num_tokens(batch)})["tokens"]
         live = self.with_gradient(batch)
         self.objective.start_minibatch(len(batch), len(live), total / run.strategy.dp_size)
-        return make_rows(live).to(self.device)
+        return make_rows(live)
 
     def loss(
         self, model: Transformer, micro_batch: RolloutRows, balance_loss_scope: BalanceLossScope
@@ -692,7 +692,7 @@ class GRPOTask:
 
 
 def make_rows(rollouts: list[Rollout]) -> RolloutRows:
-    """Return rollouts as rows of prompts with their completions."""
+    """Return rollouts as rows of prompts with their completions, on the host."""
     samples = [torch.tensor(x.prompt + x.tokens) for x in rollouts]
     return RolloutRows(
         rows_bs=pad_sequence(samples, batch_first=True),

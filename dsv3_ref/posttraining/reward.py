@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -33,12 +34,20 @@ from dsv3_ref.rewards import (
     bradley_terry,
     calibration,
     judge_prompt,
-    pair_loss,
+    judgment_loss,
     reward_scores,
 )
 from dsv3_ref.rope import to_cu_seqlens
 from dsv3_ref.sft import SFT_RECIPES, SpecialTokens
-from dsv3_ref.training.objective import ModelInput, RowBatch, objective_loss, valid_places
+from dsv3_ref.training.objective import (
+    ModelInput,
+    RowBatch,
+    SequenceTokens,
+    Targets,
+    find_targets,
+    objective_loss,
+    valid_places,
+)
 from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
@@ -113,6 +122,14 @@ class PairRows(RowBatch):
         return read_flags(self.rows_bs[valid_places(self.rows_bs, self.num_tokens_b)][None])
 
 
+class PairPlaces(NamedTuple):
+    """Which of this rank's hidden states give rewards, and which predict judgments."""
+
+    ends_k: Tensor  # 0, and the place after the last token of each sample that ends on this rank
+    sample_k: Tensor  # the numbers of these samples
+    judgments: Targets
+
+
 @dataclass(frozen=True)
 class PreferenceObjective:
     """`preference_loss` of chapter 15, averaged over pairs, each of which is one row."""
@@ -120,6 +137,7 @@ class PreferenceObjective:
     special_tokens: SpecialTokens
     judgment_weight: float
     trains_mtp: ClassVar[bool] = False
+    is_cross_entropy: ClassVar[bool] = False
 
     def model_input(self, batch: PairRows) -> ModelInput:
         """Return all samples, as one row."""
@@ -130,21 +148,39 @@ class PreferenceObjective:
         """Return the number of pairs."""
         return len(batch)
 
-    def loss(self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows) -> Tensor:
+    def locate(self, batch: PairRows, part: SequenceTokens) -> PairPlaces:
+        """Return where samples end, and where tokens of judgments are predicted."""
+        rows = batch.packed()
+        last_m = find_cu_seqlens(rows.start_bs)[1:].long() - 1
+        last_k, sample_k = part.take_places(last_m[: 2 * len(batch)], rows.tokens_bs.shape)
+        is_learned_1n = (
+            rows.mask_bs & ~rows.start_bs
+        )  # nothing predicts the first token of a sample
+        judgments = find_targets(is_learned_1n.roll(-1), rows.tokens_bs.roll(-1), part)
+        return PairPlaces(F.pad(last_k + 1, (1, 0)), sample_k, judgments)
+
+    def loss(
+        self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows, places: PairPlaces,
+        part: SequenceTokens,
+    ) -> Tensor:  # fmt: skip
         """Return the mean loss of the pairs."""
         if not len(batch):
             return h_1nd.sum()
-        rows = batch.packed()
-        return pair_loss(
-            h_1nd[0], head_wd, rows.tokens_bs[0], rows.mask_bs[0],
-            find_cu_seqlens(rows.start_bs), self.special_tokens, self.judgment_weight,
-        )[0]  # fmt: skip
+        reward_m = part.complete(self.read_scores(h_1nd, head_wd, batch, places, part).flatten())
+        ranking = part.count_once(bradley_terry(reward_m)[0].mean())
+        place_k, y_k, _ = places.judgments
+        return ranking + judgment_loss(
+            h_1nd[0, place_k], head_wd, y_k, len(reward_m), self.judgment_weight
+        )
 
-    def read_scores(self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows) -> Tensor:
-        """Return the rewards of both samples of each pair, (b, 2)."""
-        cu_seqlens = find_cu_seqlens(batch.packed().start_bs)
-        reward_m = reward_scores(h_1nd[0], head_wd, cu_seqlens, self.special_tokens)
-        return reward_m.view(len(batch), 2)
+    def read_scores(
+        self, h_1nd: Tensor, head_wd: Tensor, batch: PairRows, places: PairPlaces,
+        part: SequenceTokens,
+    ) -> Tensor:  # fmt: skip
+        """Return the rewards of both samples of each pair, (b, 2); 0 if another rank has it."""
+        reward_k = reward_scores(h_1nd[0], head_wd, places.ends_k, self.special_tokens)
+        rewards = reward_k.new_zeros(2 * len(batch)).index_copy(0, places.sample_k, reward_k)
+        return rewards.view(len(batch), 2)
 
 
 class RewardTask:
@@ -187,8 +223,7 @@ class RewardTask:
         )
 
     def prepare(self, run: Run) -> None:
-        """Store the device on which batches are built."""
-        self.device = run.strategy.device
+        """Do nothing: the data is ready."""
 
     def next_batch(self, run: Run, n: int) -> list[Pair]:
         """Return this process's part of the next n pairs."""
@@ -204,10 +239,10 @@ class RewardTask:
         return self.row_batch(run, batch).split(self.config.micro_batch)
 
     def row_batch(self, run: Run, batch: list[Pair]) -> PairRows:
-        """Return pairs as rows."""
+        """Return pairs as rows, on the host."""
         rows = [torch.tensor(chosen + rejected) for chosen, rejected in batch]
         lengths = torch.tensor([len(row) for row in rows])
-        return PairRows(pad_sequence(rows, batch_first=True), lengths).to(self.device)
+        return PairRows(pad_sequence(rows, batch_first=True), lengths)
 
     def loss(
         self, model: Transformer, micro_batch: PairRows, balance_loss_scope: BalanceLossScope

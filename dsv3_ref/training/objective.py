@@ -4,9 +4,9 @@ A strategy on several ranks needs no more of a task: it splits the rows of a bat
 indices and micro-batches, and the last stage of a pipeline computes the loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from dsv3_ref.config import ceil_div
 from dsv3_ref.data.packing import find_cu_seqlens, read_flags
 from dsv3_ref.model import Transformer
+from dsv3_ref.moe import Route
 from dsv3_ref.ops import linear_cross_entropy
 from dsv3_ref.pretrain import LossOutput
 
@@ -52,7 +53,8 @@ def valid_places(x_bs: Tensor, length_b: Tensor) -> Tensor:
     return torch.arange(x_bs.shape[1], device=x_bs.device) < length_b[:, None]
 
 
-Readout = Callable[[Tensor, Tensor, Any], Tensor]  # (h_bsd, head_wd, rows) → values of each row
+# (h_bsd, head_wd, rows, places, part) → values of each row
+Readout = Callable[[Tensor, Tensor, Any, Any, "SequenceTokens"], Tensor]
 
 
 class ModelInput(NamedTuple):
@@ -65,29 +67,78 @@ class ModelInput(NamedTuple):
     tokens_bs: Tensor
     cu_seqlens: Tensor | None = None
 
-    def to(self, device: torch.device) -> "ModelInput":
-        """Return the same input on a device."""
-        ends = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return ModelInput(self.tokens_bs.to(device), ends)
-
 
 class Targets(NamedTuple):
-    """The positions of rows end to end that count, (n,), or None for all; their next tokens, (n,).
+    """This rank's positions of rows end to end that count, (n,), or None for all; the next tokens.
 
     Rows are selected by position without asking a GPU for a number, as a mask would.
     """
 
     place_n: Tensor | None
     y_n: Tensor
+    total: int  # of all ranks that share the sequences
 
-    def to(self, device: torch.device) -> "Targets":
-        """Return the same targets on a device."""
-        place_n = None if self.place_n is None else self.place_n.to(device)
-        return Targets(place_n, self.y_n.to(device))
+
+Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
+
+
+def tensors_to(values: Tensors, device: torch.device) -> Tensors:
+    """Return a named tuple, or named tuples in it, with its tensors on a device."""
+    moved: list[Any] = []
+    for x in values:
+        if isinstance(x, tuple):
+            x = tensors_to(x, device)
+        moved.append(x.to(device) if isinstance(x, Tensor) else x)
+    return type(values)(*moved)
+
+
+class SequenceTokens:
+    """The tokens of a micro-batch's sequences on this rank: all of them."""
+
+    def take(self, x_bs: Tensor) -> Tensor:
+        """Return this rank's entries of all tokens' entries."""
+        return x_bs
+
+    def take_places(self, place_n: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return those of the positions that this rank has, among its tokens, and their numbers.
+
+        The numbers are places in `place_n`. shape: (b, s) of all positions.
+        """
+        return place_n, torch.arange(len(place_n), device=place_n.device)
+
+    def complete(self, x: Tensor) -> Tensor:
+        """Return the sum of x over the ranks that share the sequences.
+
+        Only this rank's x has a gradient, so that the gradients of all ranks add up.
+        """
+        return x
+
+    @property
+    def counts(self) -> bool:
+        """True on the one of these ranks that counts what all of them have computed."""
+        return True
+
+    def count_once(self, loss: Tensor) -> Tensor:
+        """Return a loss that all of these ranks have computed, as 0 on all but one of them.
+
+        The gradient stays.
+        """
+        return loss if self.counts else loss - loss.detach()
 
 
 class Objective(Protocol):
-    """The loss of a batch, as the mean of its rows' losses by their weights."""
+    """The loss of a batch, as the mean of its rows' losses by their weights.
+
+    What depends on the values of rows is found by `model_input` and `locate` where the rows are, on
+    the host, so that no step waits for its device.
+    """
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """True if the loss is the mean cross-entropy of `Targets`, which `locate` returns.
+
+        The last stage of a pipeline then adds the gradient of the head during the forward pass.
+        """
 
     @property
     def trains_mtp(self) -> bool:
@@ -99,42 +150,61 @@ class Objective(Protocol):
     def loss_weight(self, batch: Any) -> int:
         """Return the weight of a batch in the mean over several."""
 
-    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: Any) -> Tensor:
-        """Return the loss of a batch from normalized hidden states; 0 for one without rows."""
+    def locate(self, batch: Any, part: SequenceTokens) -> Any:
+        """Return a named tuple of tensors: which of this rank's hidden states count, and for what.
+
+        part: the tokens of the sequences that this rank computes.
+        """
+
+    def loss(
+        self, h_bsd: Tensor, head_wd: Tensor, batch: Any, places: Any, part: SequenceTokens
+    ) -> Tensor:
+        """Return the loss of a batch from normalized hidden states; 0 for one without rows.
+
+        places: the result of `locate`.
+        """
+
+
+ALL_TOKENS = SequenceTokens()
+
+
+def read_hidden_states(
+    objective: Objective, model: Transformer, batch: RowBatch, read: Readout
+) -> tuple[Tensor, list[Route]]:
+    """Return read(…) of a batch under a whole model, and the routes of its tokens."""
+    device = model.head.weight.device
+    places = tensors_to(objective.locate(batch, ALL_TOKENS), device)
+    tokens_bs, cu_seqlens = tensors_to(objective.model_input(batch), device)
+    h_bsd, routes = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
+    return read(h_bsd, model.head.weight, batch.to(device), places, ALL_TOKENS), routes
 
 
 def objective_loss(objective: Objective, model: Transformer, batch: RowBatch) -> LossOutput:
     """Return an objective's loss of a batch under a whole model."""
-    tokens_bs, cu_seqlens = objective.model_input(batch)
-    h_bsd, routes = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
-    loss = objective.loss(h_bsd, model.head.weight, batch)
+    loss, routes = read_hidden_states(objective, model, batch, objective.loss)
     return LossOutput(loss, [], loss.new_zeros(()), routes)
 
 
-@runtime_checkable
-class CrossEntropyLoss(Objective, Protocol):
-    """A loss that is the mean cross-entropy of some tokens.
-
-    The last stage of a pipeline then adds the gradient of the head during the forward pass.
-    """
-
-    def targets(self, batch: Any) -> Targets:
-        """Return the positions that count and their next tokens."""
+def find_targets(mask_1n: Tensor, y_1n: Tensor, part: SequenceTokens) -> Targets:
+    """Return the targets of a row of samples: where the mask is, and the tokens there."""
+    place_m = mask_1n.flatten().nonzero()[:, 0]
+    own_k, number_k = part.take_places(place_m, mask_1n.shape)
+    return Targets(own_k, y_1n.flatten()[place_m[number_k]], len(place_m))
 
 
 def mean_cross_entropy(h_bsd: Tensor, head_wd: Tensor, targets: Targets) -> Tensor:
     """Return the mean cross-entropy in nats per token that counts."""
-    place_n, y_n = targets
     h_nd = h_bsd.flatten(0, 1)
-    if place_n is not None:
-        h_nd = h_nd[place_n]
-    return linear_cross_entropy(h_nd, head_wd, y_n) / max(1, len(y_n))
+    if targets.place_n is not None:
+        h_nd = h_nd[targets.place_n]
+    return linear_cross_entropy(h_nd, head_wd, targets.y_n) / max(1, targets.total)
 
 
 class NextTokenLoss:
     """The mean cross-entropy of all tokens but the first of each row, and MTP losses."""
 
     trains_mtp = True
+    is_cross_entropy = True
 
     def model_input(self, batch: RowBatch) -> ModelInput:
         """Return all tokens but the last of each row."""
@@ -144,19 +214,23 @@ class NextTokenLoss:
         """Return the number of rows, which all have the same number of tokens."""
         return len(batch)
 
-    def targets(self, batch: RowBatch) -> Targets:
+    def locate(self, batch: RowBatch, part: SequenceTokens) -> Targets:
         """Return all positions, and their next tokens."""
-        return Targets(None, batch.rows_bs[:, 1:].flatten())
+        y_bs = batch.rows_bs[:, 1:]
+        return Targets(None, part.take(y_bs).flatten(), y_bs.numel())
 
-    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+    def loss(
+        self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch, places: Targets, part: SequenceTokens
+    ) -> Tensor:
         """Return the mean in nats per token."""
-        return mean_cross_entropy(h_bsd, head_wd, self.targets(batch))
+        return mean_cross_entropy(h_bsd, head_wd, places)
 
 
 class CompletionLoss:
     """The mean cross-entropy of the answers in packed rows with flags: `sft_loss` of chapter 14."""
 
     trains_mtp = False
+    is_cross_entropy = True
 
     def model_input(self, batch: RowBatch) -> ModelInput:
         """Return all tokens but the last of each row, as one row of samples."""
@@ -167,15 +241,17 @@ class CompletionLoss:
         """Return the number of tokens of answers."""
         return int(read_flags(batch.rows_bs).mask_bs[:, 1:].sum())
 
-    def targets(self, batch: RowBatch) -> Targets:
+    def locate(self, batch: RowBatch, part: SequenceTokens) -> Targets:
         """Return where answers are, and their tokens."""
         rows = read_flags(batch.rows_bs[:, 1:])
-        place_n = rows.mask_bs.flatten().nonzero()[:, 0]
-        return Targets(place_n, rows.tokens_bs.flatten()[place_n])
+        shape = 1, rows.mask_bs.numel()
+        return find_targets(rows.mask_bs.reshape(shape), rows.tokens_bs.reshape(shape), part)
 
-    def loss(self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch) -> Tensor:
+    def loss(
+        self, h_bsd: Tensor, head_wd: Tensor, batch: RowBatch, places: Targets, part: SequenceTokens
+    ) -> Tensor:
         """Return the mean in nats per token."""
-        return mean_cross_entropy(h_bsd, head_wd, self.targets(batch))
+        return mean_cross_entropy(h_bsd, head_wd, places)
 
 
 NEXT_TOKEN_LOSS = NextTokenLoss()

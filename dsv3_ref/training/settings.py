@@ -311,8 +311,9 @@ def parallelism_rules(args: TrainConfig, world_size: int) -> Iterator[Rule]:
     )
     yield from context_rules(args.model, args.recipe.seq_len, args.cp, dp, args.ep)
     yield (
-        args.cp == 1 or args.COMMAND in ("train", "extend", "sft"),
-        f"--cp must be 1: dsv3 {args.COMMAND} computes whole sequences on a rank",
+        args.cp == 1 or args.divides_model or args.COMMAND not in ("reward", "rl"),
+        f"with --pp 1 --ep 1 each rank of dsv3 {args.COMMAND} holds the whole model and computes "
+        f"whole sequences: set --cp 1, or --pp or --ep above 1, not --cp {args.cp}",
     )
     yield from fully_shard_rules(args)
     if world_size > 1:

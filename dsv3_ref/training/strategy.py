@@ -24,7 +24,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import AdamW, TrainingRecipe, build_adamw
 from dsv3_ref.pretrain import StepStats, train_step
 from dsv3_ref.training.ema import EMA
-from dsv3_ref.training.objective import Readout, RowBatch
+from dsv3_ref.training.objective import Readout, RowBatch, read_hidden_states
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.task import Batch, Data, RowTask, Task
 
@@ -327,9 +327,7 @@ class SingleProcess:
         model = frozen or self.model
         values = []
         for part in batch.split(task.config.micro_batch):
-            tokens_bs, cu_seqlens = task.objective.model_input(part)
-            h_bsd, _ = model.hidden_states(tokens_bs, cu_seqlens=cu_seqlens)
-            values.append(readout(h_bsd, model.head.weight, part))
+            values.append(read_hidden_states(task.objective, model, part, readout)[0])
         return torch.cat(values)
 
     def expert_biases(self) -> list[Tensor | None]:

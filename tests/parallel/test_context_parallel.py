@@ -76,9 +76,10 @@ def test_a_sequence_that_ranks_cannot_share_is_refused(world, options, sentence)
         check_rules(parallelism_rules(TrainConfig(TINY, recipe, **options), world))
 
 
-def test_tasks_that_read_whole_sequences_are_refused():
-    with pytest.raises(UserError, match="--cp must be 1: dsv3 rl computes whole sequences"):
+def test_ranks_that_hold_the_whole_model_share_no_sequences():
+    with pytest.raises(UserError, match="computes whole sequences: set --cp 1, or --pp or --ep"):
         check_rules(parallelism_rules(GRPOConfig(TINY, RECIPES["tiny"], cp=2), 2))
+    check_rules(parallelism_rules(GRPOConfig(TINY, RECIPES["tiny"], cp=2, ep=2), 2))
 
 
 @pytest.mark.full

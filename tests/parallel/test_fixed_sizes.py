@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_post_training import TASKS, make_objective
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv3_ref import ops
@@ -263,16 +264,16 @@ def packed_rows(n: int, s: int) -> torch.Tensor:
 
 
 def waits_of_a_batch(
-    shape, name: str, ranks_per_node: int, capacity: float, fp8: bool, objective=NEXT_TOKEN_LOSS
-):
+    shape, name: str, ranks_per_node: int, capacity: float, fp8: bool, objective=NEXT_TOKEN_LOSS,
+    batch=None, cp: int = 1,
+):  # fmt: skip
     """Return what the host waits for in the forward and backward passes of a batch."""
     engine = ParallelEngine(
-        MICRO, RECIPES["tiny"], Mesh(*shape, CPU), name, ranks_per_node=ranks_per_node, fp8=fp8,
-        dispatch_capacity=capacity, objective=objective,
+        MICRO, RECIPES["tiny"], Mesh(*shape, CPU, cp=cp), name, ranks_per_node=ranks_per_node,
+        fp8=fp8, dispatch_capacity=capacity, objective=objective,
     )  # fmt: skip
     pipeline = engine.pipeline
-    packed = isinstance(objective, CompletionLoss)
-    batch = RowBatch(packed_rows(9, 17) if packed else torch.randint(64, (9, 17)))
+    batch = batch or RowBatch(torch.randint(64, (9, 17)))
     rows = pipeline.split(batch)
     weights = [LossWeights(share, 0.1, 1e-3) for share in pipeline.shares(batch, rows)]
     microbatches = pipeline.microbatches(rows, weights, LossStats())
@@ -289,7 +290,14 @@ def test_no_host_waits_in_a_batch(shape, name, ranks_per_node, gang):
 
 
 def test_no_host_waits_in_a_batch_of_packed_rows(gang):
-    args = (2, 1, 2), "dualpipe", 0, 2.0, False, CompletionLoss()
+    args = (2, 1, 2), "dualpipe", 0, 2.0, False, CompletionLoss(), RowBatch(packed_rows(9, 17))
+    assert gang.run(4, waits_of_a_batch, *args) == [{}] * 4
+
+
+@pytest.mark.parametrize("task, cp", [("reward", 1), ("rl", 1), ("rl", 2)])
+def test_no_host_waits_in_a_batch_of_pairs_or_rollouts(task, cp, gang):
+    batch = TASKS[task][0](9)
+    args = (2, 1, 2), "dualpipe", 0, 2.0, False, make_objective(task, "grpo", batch), batch, cp
     assert gang.run(4, waits_of_a_batch, *args) == [{}] * 4
 
 

@@ -146,10 +146,11 @@ def make_objective(task: str, loss_type: str, batch):
     return grpo_objective(loss_type, len(batch), num_tokens)
 
 
-def compare_steps(shape, name: str, task: str, loss_type: str):
+def compare_steps(shape, name: str, task: str, loss_type: str, cp: int = 1):
     """Take two steps on a mesh and on one process, in fp64.
 
-    Return (relative error of each gradient, largest difference of loss and gradient norm).
+    Return the relative error of each gradient, the largest difference of loss and gradient norm,
+    and the sums of GRPO's metrics on this rank.
     """
     draw, reference = TASKS[task]
     with computing_in(torch.float64):
@@ -157,7 +158,7 @@ def compare_steps(shape, name: str, task: str, loss_type: str):
         batch = draw(5)  # fewer than four pipelines × two micro-batches: some are empty
         objective = make_objective(task, loss_type, batch)
         engine = ParallelEngine(
-            MICRO, RECIPE, Mesh(*shape, CPU), name, 1, torch.float64, objective=objective,
+            MICRO, RECIPE, Mesh(*shape, CPU, cp=cp), name, 1, torch.float64, objective=objective,
             micro_batch=1,
         )  # fmt: skip
         torch.manual_seed(1)
@@ -176,7 +177,8 @@ def compare_steps(shape, name: str, task: str, loss_type: str):
             if len(differences) == 2:
                 errors = gradient_errors(engine, grads)
                 hook.remove()
-    return errors, max(differences)
+    sums = {k: float(x) for k, x in getattr(objective, "sums", {}).items()}
+    return errors, max(differences), sums
 
 
 MESHES = [
@@ -205,7 +207,7 @@ SHORT = {
     ids=str,
 )  # fmt: skip
 def test_a_step_of_each_task_is_the_step_of_one_process(shape, name, task, gang):
-    for errors, difference in gang.run(prod(shape), compare_steps, shape, name, task, "grpo"):
+    for errors, difference, _ in gang.run(prod(shape), compare_steps, shape, name, task, "grpo"):
         assert max(errors.values()) < 1e-11, max(errors.items(), key=lambda e: e[1])
         assert difference < 1e-11
 
@@ -213,14 +215,36 @@ def test_a_step_of_each_task_is_the_step_of_one_process(shape, name, task, gang)
 @pytest.mark.full
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "sequence"])
 def test_every_average_of_grpo_is_that_of_one_process(loss_type, gang):
-    for errors, difference in gang.run(4, compare_steps, (2, 1, 2), "dualpipe", "rl", loss_type):
+    for errors, difference, _ in gang.run(4, compare_steps, (2, 1, 2), "dualpipe", "rl", loss_type):
         assert max(errors.values()) < 1e-11 and difference < 1e-11
+
+
+SHARING = [  # loss_type matters for rl alone
+    ("rl", "sequence", (1, 1, 2), "1f1b"),
+    ("reward", "", (1, 1, 2), "1f1b"),
+    pytest.param("rl", "grpo", (2, 1, 2), "dualpipe", marks=pytest.mark.full),
+    pytest.param("rl", "dapo", (1, 2, 1), "1f1b", marks=pytest.mark.full),
+    pytest.param("reward", "", (2, 1, 2), "zb1p", marks=pytest.mark.full),
+]
+
+
+@pytest.mark.parametrize("task, loss_type, shape, name", SHARING)
+def test_ranks_may_share_samples(task, loss_type, shape, name, gang):
+    """Rewards and log-probabilities of other ranks count in the loss; metrics count once."""
+    sums = []
+    for cp in (1, 2):
+        answers = gang.run(prod(shape), compare_steps, shape, name, task, loss_type, cp)
+        for errors, difference, _ in answers:
+            assert max(errors.values()) < 1e-11, max(errors.items(), key=lambda e: e[1])
+            assert difference < 1e-11
+        sums.append({k: sum(metrics[k] for *_, metrics in answers) for k in answers[0][2]})
+    assert sums[1] == pytest.approx(sums[0], rel=1e-9)
 
 
 # ── A forward pass alone ──
 
 
-def compare_values(shape, name: str):
+def compare_values(shape, name: str, cp: int):
     """Return errors of log-probabilities and of scores, of all rows, on this rank.
 
     Log-probabilities are those of a frozen second model.
@@ -229,7 +253,7 @@ def compare_values(shape, name: str):
         torch.manual_seed(2)
         rollouts, pairs = draw_rollouts(5), draw_pairs(5)
         objective = grpo_objective("grpo", 5, 1)
-        mesh = Mesh(*shape, CPU)
+        mesh = Mesh(*shape, CPU, cp=cp)
         engine = ParallelEngine(MICRO, RECIPE, mesh, name, 1, objective=objective, micro_batch=1)
         frozen = engine.build_frozen()
         frozen.model.load_state_dict(engine.model.state_dict())
@@ -253,9 +277,9 @@ def compare_values(shape, name: str):
         return float((got - want).abs().max()), float((scores - all_scores.view(5, 2)).abs().max())
 
 
-@pytest.mark.parametrize("shape, name", [((2, 1, 2), "dualpipe"), ((2, 1, 2), "1f1b")], ids=str)
-def test_a_forward_pass_returns_values_of_all_rows_to_all_ranks(shape, name, gang):
-    for errors in gang.run(prod(shape), compare_values, shape, name):
+@pytest.mark.parametrize("name, cp", [("dualpipe", 1), ("1f1b", 2)])
+def test_a_forward_pass_returns_values_of_all_rows_to_all_ranks(name, cp, gang):
+    for errors in gang.run(4, compare_values, (2, 1, 2), name, cp):
         assert max(errors) < 1e-12
 
 

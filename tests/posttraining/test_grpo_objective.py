@@ -6,6 +6,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dsv3_ref.grpo import GRPOOutput, grpo_loss, token_logprobs
 from dsv3_ref.posttraining.grpo_objective import GRPOObjective, RolloutRows
+from dsv3_ref.training.objective import ALL_TOKENS
 
 PROMPTS, COMPLETIONS = [3, 1, 2, 4, 1], [2, 5, 1, 3, 4]
 LENGTHS = [p + n for p, n in zip(PROMPTS, COMPLETIONS)]
@@ -59,7 +60,9 @@ def loss_in_parts(objective, batch, states, sizes) -> torch.Tensor:
         part = rows_of(batch, begin, begin + size)
         first, last = sum(LENGTHS[:begin]), sum(LENGTHS[: begin + size])
         weight = objective.loss_weight(part) / len(batch)
-        total = total + weight * objective.loss(h_nd[None, first:last], head_wd, part)
+        places = objective.locate(part, ALL_TOKENS)
+        loss = objective.loss(h_nd[None, first:last], head_wd, part, places, ALL_TOKENS)
+        total = total + weight * loss
         begin += size
     return total
 
@@ -149,7 +152,8 @@ def test_the_model_reads_the_rollouts_without_their_padding(batch, states):
         end = int(cu_seqlens[i + 1])
         assert torch.equal(tokens_1n[0, end - n : end], batch.rows_bs[i, :n])
     assert batch.completion_mask_bt.sum(1).tolist() == COMPLETIONS
-    logp_bt = objective.read_logprobs(states[0][None], states[1], batch)
+    places = objective.locate(batch, ALL_TOKENS)
+    logp_bt = objective.read_logprobs(states[0][None], states[1], batch, places, ALL_TOKENS)
     for row_t, (logp_n, _) in zip(logp_bt, each_alone(batch, states)):
         torch.testing.assert_close(row_t[: len(logp_n)], logp_n)
         assert not row_t[len(logp_n) :].any()
@@ -157,5 +161,7 @@ def test_the_model_reads_the_rollouts_without_their_padding(batch, states):
 
 def test_a_process_without_rollouts_has_a_loss_of_0(batch):
     h_1nd = torch.zeros(1, 0, DIM, requires_grad=True)
-    loss = make_objective().loss(h_1nd, torch.zeros(VOCAB, DIM), rows_of(batch, 0, 0))
+    objective, none = make_objective(), rows_of(batch, 0, 0)
+    places = objective.locate(none, ALL_TOKENS)
+    loss = objective.loss(h_1nd, torch.zeros(VOCAB, DIM), none, places, ALL_TOKENS)
     assert loss == 0 and torch.autograd.grad(loss, h_1nd)[0].shape == h_1nd.shape

@@ -18,6 +18,7 @@ from dsv3_ref.posttraining.reward import (
     concat_samples,
 )
 from dsv3_ref.sft import SpecialTokens
+from dsv3_ref.training.objective import ALL_TOKENS
 
 VOCAB, DIM = 11, 6
 WEIGHT = 0.3
@@ -71,7 +72,8 @@ def test_micro_batches_are_parts_of_the_mean_over_pairs(sizes, states):
     for n in sizes:
         batch = task_of().row_batch(None, flagged_pairs()[begin : begin + n])
         first, last = sum(LENGTHS[:begin]), sum(LENGTHS[: begin + n])
-        loss = objective.loss(h_nd[None, first:last], states[1], batch)
+        places = objective.locate(batch, ALL_TOKENS)
+        loss = objective.loss(h_nd[None, first:last], states[1], batch, places, ALL_TOKENS)
         total = total + objective.loss_weight(batch) / 3 * loss
         begin += n
     want = sum(loss_alone(states, i) for i in range(3)).float() / 3
@@ -92,7 +94,8 @@ def test_the_model_reads_all_samples_without_padding(states):
     assert tokens_1n.tolist() == [all_tokens]
     assert cu_seqlens.tolist() == [0, 3, 5, 9, 13, 15, 18]
     h_nd, head_wd = states
-    score_b2 = objective.read_scores(h_nd[None], head_wd, batch)
+    places = objective.locate(batch, ALL_TOKENS)
+    score_b2 = objective.read_scores(h_nd[None], head_wd, batch, places, ALL_TOKENS)
     want = h_nd[[2, 4, 8, 12, 14, 17]] @ head_wd[TOKENS.pad]
     torch.testing.assert_close(score_b2, want.view(3, 2))
 
@@ -100,7 +103,9 @@ def test_the_model_reads_all_samples_without_padding(states):
 def test_a_process_without_pairs_has_a_loss_of_0():
     batch = task_of().row_batch(None, flagged_pairs()).tensor_split(4)[3]
     h_1nd = torch.zeros(1, 0, DIM, requires_grad=True)
-    loss = PreferenceObjective(TOKENS, WEIGHT).loss(h_1nd, torch.zeros(VOCAB, DIM), batch)
+    objective, head_wd = PreferenceObjective(TOKENS, WEIGHT), torch.zeros(VOCAB, DIM)
+    places = objective.locate(batch, ALL_TOKENS)
+    loss = objective.loss(h_1nd, head_wd, batch, places, ALL_TOKENS)
     assert loss == 0 and torch.autograd.grad(loss, h_1nd)[0].shape == h_1nd.shape
 
 
