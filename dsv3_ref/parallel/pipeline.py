@@ -46,6 +46,8 @@ from dsv3_ref.training.objective import (
     tensors_to,
 )
 
+MICRO_BATCH_TOKENS = 4096  # of a rank, by default (a row of V3)
+
 # ── Messages ──
 
 SendOrder = dict[
@@ -204,7 +206,7 @@ class P2PCommunicator:
 class Pipeline:
     """The stages of a rank, and the schedule in which a batch passes through all stages.
 
-    micro_batch: rows of a micro-batch; 0: all of a pipeline's, or one if there are several ranks.
+    micro_batch: rows of a micro-batch; 0: one with several stages, else `default_micro_batch`.
     """
 
     def __init__(
@@ -236,7 +238,11 @@ class Pipeline:
         All pipelines have equally many; if there are too few rows, some are empty.
         """
         rows_per_pipeline = ceil_div(len(batch), self.mesh.data_size)
-        size = self.micro_batch or (rows_per_pipeline if self.mesh.pp == 1 else 1)
+        size = self.micro_batch
+        if not size:
+            rows = batch.rows if isinstance(batch, LocalRows) else batch
+            s = rows.rows_bs.shape[1] - 1
+            size = default_micro_batch(s, self.mesh.cp) if self.mesh.pp == 1 else 1
         n = ceil_div(rows_per_pipeline, size)
         n = min_microbatches(self.schedule_name, self.mesh.pp, n)
         if isinstance(batch, LocalRows):
@@ -368,6 +374,14 @@ class Pipeline:
         order = send_order(steps, self.last, rank_of, num_tokens)
         receipts = find_receipts(steps, self.last, order, self.mesh.pp_rank)
         return P2PCommunicator(self.mesh, order, receipts, rank_of, shape_of, self.dtype)
+
+
+def default_micro_batch(seq_len: int, cp: int) -> int:
+    """Return how many rows have as many tokens on a rank as a row of `dsv3 plan`; at least one.
+
+    What the rows of a whole step save for their backward pass would not fit in memory.
+    """
+    return max(1, MICRO_BATCH_TOKENS * cp // max(1, seq_len))
 
 
 def forward_steps(rank_steps: list[Step]) -> list[Step]:

@@ -88,7 +88,8 @@ class TrainConfig:
     ema_decay: float = 0.0
     """decay per step of averaged weights, for example 0.99, which are also validated; 0: none"""
     micro_batch: int = 0
-    """sequences per rank in one forward pass; 0: all of the rank's, or one with --pp above 1"""
+    """sequences per rank in one forward pass; 0: all in one process, one with --pp above 1, and on
+    other meshes as many as have 4,096 tokens on a rank"""
     recompute: bool = False
     """recompute the outputs of norms, MLA's up-projections and SwiGLU, and gate and up of dense and
     shared MLPs, in the backward pass: less memory and, bit for bit, the same losses (§3.2.3)"""

@@ -75,6 +75,24 @@ def run_empty(empty: Pipeline, m: int, training: bool = True) -> None:
     empty.run([batch] * m, [LossWeights(1.0)] * m, training)
 
 
+@pytest.mark.parametrize(
+    "pp, cp, seq_len, rows, sizes",
+    [
+        (1, 1, 4096, 5, [1] * 5),  # `dsv3 plan`, too, has micro-batches of one row
+        (1, 1, 1024, 6, [3, 3]),
+        (1, 1, 8192, 2, [1, 1]),
+        (1, 4, 8192, 4, [2, 2]),
+        (2, 1, 16, 3, [1, 1, 1]),
+    ],
+)
+def test_a_rank_never_runs_all_rows_of_a_large_step_at_once(pp, cp, seq_len, rows, sizes):
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.mesh = SimpleNamespace(pp=pp, cp=cp, data_size=1, data_rank=0)
+    pipeline.micro_batch, pipeline.schedule_name, pipeline.dispatcher = 0, "1f1b", None
+    batch = RowBatch(torch.zeros(rows, seq_len + 1, dtype=torch.int64))
+    assert [len(part) for part in pipeline.split(batch)] == sizes
+
+
 # ── Hosts with communicators that are opened at the first use ──
 
 
