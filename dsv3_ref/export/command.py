@@ -1,5 +1,6 @@
 """`dsv3 export`: a model as a directory for transformers, vLLM, SGLang and lm-eval."""
 
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from dsv3_ref.checkpoints.atomic import TMP, atomic_dir, read_json, temp_sibling
+from dsv3_ref.checkpoints.atomic import TMP, atomic_dir, clear_path, read_json, temp_sibling
 from dsv3_ref.checkpoints.hf_config import FP8_CONFIG, check_hf_config, config_like, config_to_hf
 from dsv3_ref.checkpoints.huggingface import write_hf_files
 from dsv3_ref.checkpoints.hub import check_hub_name, local_dir, upload
@@ -20,7 +21,6 @@ from dsv3_ref.checkpoints.layout import CONFIG
 from dsv3_ref.checkpoints.native import (
     find_tokenizer_dir,
     hf_tensors,
-    load,
     newest_whole,
     open_weights,
     resolve_checkpoint_dir,
@@ -44,7 +44,6 @@ from dsv3_ref.export.tokenizer_files import (
     special_token_ids,
     write_own_files,
 )
-from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.data_parallel import call_on_ranks
 from dsv3_ref.parallel.mesh import init_distributed
 from dsv3_ref.training.settings import world_size
@@ -104,7 +103,7 @@ def run_export(args: ExportConfig) -> None:
     with init_distributed("cpu", MAX_WAIT) if world_size() > 1 else nullcontext():
         call_on_ranks(lambda: check_options(args))
         if args.gguf:
-            export_gguf(args.gguf, load(args.model, verify=args.verify), args)
+            export_gguf(args.gguf, args)
         if args.out:
             write_directory(args.out, args)
         if this_rank()[0] == 0:
@@ -193,16 +192,32 @@ def is_empty_dir(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def export_gguf(path: Path, model: Transformer, args: ExportConfig) -> None:
-    """Write a GGUF file and print where llama.cpp computes something else."""
+def export_gguf(path: Path, args: ExportConfig) -> None:
+    """Write a GGUF file, which appears when it is complete.
+
+    Print where llama.cpp computes something else.
+    """
     home = local_dir(args.like) if args.like else find_tokenizer_dir(args.model)
     tokenizer, settings = load_tokenizer(home), load_tokenizer_settings(home)
     check_vocab_size(tokenizer, model.config.vocab_size, OTHER_TOKENIZER)
     ids, template = special_token_ids(tokenizer, settings), exported_chat_template(settings)
     adds_bos = ChatTemplate(tokenizer, settings).adds_bos
-    write_gguf(path, model, tokenizer, ids, adds_bos, template, args.gguf_type)
+    part = clear_path(path.with_name(f".{path.name}.dsv3-tmp"))
+
+    def write(checkpoint: Path) -> Config:
+        reader = open_weights(checkpoint)
+        write_gguf(part, reader, tokenizer, ids, adds_bos, template, args.gguf_type)
+        return reader.config
+
+    try:
+        config = newest_whole(args.model, write, args.verify)
+        os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"could not write {path} ({e}): choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
     print(f"wrote {path}")
-    for note in find_differences(model.config):
+    for note in find_differences(config):
         print(f"note: {note}")
 
 

@@ -4,20 +4,21 @@ Norms, gates and biases are fp32. MTP modules are left out: llama.cpp does not r
 """
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsv3_ref.checkpoints.atomic import clear_path
+from dsv3_ref.checkpoints.native import WeightReader, read_whole
+from dsv3_ref.checkpoints.storage import whole_ranges
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.data.tokenizer import new_tokenizer
-from dsv3_ref.model import Transformer
 
 ARCHITECTURE = "deepseek2"
 NAMES = {  # ours, llama.cpp's; L a layer
@@ -53,33 +54,27 @@ INSTALL = "--gguf needs the package gguf: pip install 'dsv3-ref[gguf]'"
 
 
 def write_gguf(
-    path: Path, model: Transformer, tokenizer: Tokenizer, special_ids: dict[str, int],
+    path: Path, reader: WeightReader, tokenizer: Tokenizer, special_ids: dict[str, int],
     adds_bos: bool, chat_template: str | None, kind: str,
 ) -> None:  # fmt: skip
-    """Write a model and its tokenizer as a GGUF file, which appears when it is complete.
+    """Write the weights of a checkpoint and its tokenizer as a GGUF file.
 
-    special_ids: `bos_token_id` and so on. adds_bos: each text begins with the begin token. kind:
-    bf16, f16 or q8_0, of the matrices. Raise a
+    One matrix or expert is in memory at a time. special_ids: `bos_token_id` and so on. adds_bos:
+    each text begins with the begin token. kind: bf16, f16 or q8_0, of the matrices. Raise a
     `UserError` if llama.cpp cannot compute this model, or split texts as its tokenizer does.
     """
     try:
         import gguf
     except ImportError:
         raise UserError(INSTALL) from None
-    check_shape(model.config)
-    vocabulary = read_vocabulary(tokenizer, model.config.vocab_size)
-    part = clear_path(path.with_name(f".{path.name}.dsv3-tmp"))
-    try:
-        writer = gguf.GGUFWriter(part, ARCHITECTURE)
-        add_hyperparameters(writer, model.config)
-        add_vocabulary(writer, vocabulary, special_ids, adds_bos, chat_template)
-        add_tensors(writer, model, kind)
-        writer.close()
-        os.replace(part, path)
-    except OSError as e:
-        raise UserError(f"could not write {path} ({e}): choose another place") from None
-    finally:
-        part.unlink(missing_ok=True)
+    config = reader.config
+    check_shape(config)
+    vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    add_hyperparameters(writer, config)
+    add_vocabulary(writer, vocabulary, special_ids, adds_bos, chat_template)
+    add_tensors(writer, list(gguf_tensors(reader)), kind)
+    writer.close()
 
 
 # ── What llama.cpp can compute ──
@@ -214,56 +209,109 @@ def add_vocabulary(
 # ── Tensors ──
 
 
-def gguf_tensors(model: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """Yield llama.cpp's name and our tensor for each of its tensors.
+class StoredTensor(NamedTuple):
+    """A tensor of llama.cpp: its shape, and functions that read its parts, such as experts."""
 
-    wkv_b is split by head: W^UK transposed, (h, c, i), and W^UV, (h, v, c).
-    """
-    c = model.config
-    for name, x in model.state_dict().items():
+    name: str
+    shape: tuple[int, ...]
+    parts: list[Callable[[], Tensor]]
+
+
+def key_half(x: Tensor, config: Config) -> Tensor:
+    """Return W^UK of wkv_b, transposed by head, (h, c, i)."""
+    return split_by_head(x, config)[0].transpose(1, 2)
+
+
+def value_half(x: Tensor, config: Config) -> Tensor:
+    """Return W^UV of wkv_b by head, (h, v, c)."""
+    return split_by_head(x, config)[1]
+
+
+def split_by_head(x: Tensor, config: Config) -> tuple[Tensor, ...]:
+    """Return the two halves of wkv_b by head, (h, i, c) and (h, v, c)."""
+    x_hxc = x.view(config.n_heads, -1, config.kv_lora_rank)
+    return x_hxc.tensor_split([config.qk_nope_head_dim], dim=1)
+
+
+def gguf_tensors(reader: WeightReader) -> Iterator[StoredTensor]:
+    """Yield each of llama.cpp's tensors; wkv_b is two of them."""
+    for name, x in reader.expected.items():
         if name.startswith("mtp."):
             continue
         parts = name.split(".")
         is_layer = parts[0] == "layers"
         prefix = f"blk.{parts[1]}." if is_layer else ""
         key = ".".join(["L", *parts[2:]]) if is_layer else name
-        if key == "L.attn.wkv_b.weight":
-            x_hxc = x.view(c.n_heads, -1, c.kv_lora_rank)
-            wk_hic, wv_hvc = x_hxc.tensor_split([c.qk_nope_head_dim], dim=1)
-            yield f"{prefix}attn_k_b.weight", wk_hic.transpose(1, 2)
-            yield f"{prefix}attn_v_b.weight", wv_hvc
-        else:
-            yield prefix + NAMES[key], x
+        dtype = reader.target_dtype(name)
+        reads = [
+            partial(read_whole, reader, part_name, part.shape, dtype)
+            for part_name, part in whole_ranges(name, x).items()
+        ]
+        if key != "L.attn.wkv_b.weight":
+            yield StoredTensor(prefix + NAMES[key], tuple(x.shape), reads)
+            continue
+        for half, take in (("attn_k_b", key_half), ("attn_v_b", value_half)):
+            read = partial(read_half, take, reads[0], reader.config)
+            yield StoredTensor(
+                f"{prefix}{half}.weight", tuple(take(x, reader.config).shape), [read]
+            )
 
 
-def stored_kind(name: str, x: Tensor, kind: str) -> str:
+def read_half(
+    take: Callable[[Tensor, Config], Tensor], read: Callable[[], Tensor], config: Config
+) -> Tensor:
+    """Return take(…) of the tensor that `read` returns."""
+    return take(read(), config)
+
+
+def stored_kind(tensor: StoredTensor, kind: str) -> str:
     """Return how a tensor is stored: a vector or a gate in fp32, a matrix as `kind`.
 
     Rows that have no whole number of q8_0's blocks are stored in f16, as llama.cpp does.
     """
-    if x.ndim == 1 or "ffn_gate_inp" in name:
+    if len(tensor.shape) == 1 or "ffn_gate_inp" in tensor.name:
         return "F32"
-    if kind == "q8_0" and x.shape[-1] % Q8_0_BLOCK:
+    if kind == "q8_0" and tensor.shape[-1] % Q8_0_BLOCK:
         return "F16"
     return kind.upper()
 
 
-def add_tensors(writer: Any, model: Transformer, kind: str) -> None:
-    """Write all tensors, one after another, so that one is converted at a time."""
+@dataclass
+class LazyValues:
+    """The values of a tensor for gguf's writer, which are read and converted part by part."""
+
+    tensor: StoredTensor
+    stored: Any  # gguf's type of a quantized number
+    nbytes: int
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write all parts to a file."""
+        import gguf
+
+        for read in self.tensor.parts:
+            values = read().float().contiguous().numpy()
+            gguf.quants.quantize(values, self.stored).tofile(file)
+
+
+def add_tensors(writer: Any, tensors: list[StoredTensor], kind: str) -> None:
+    """Write all tensors, one after another."""
     import gguf
 
     kinds = gguf.GGMLQuantizationType
     file_types = {"bf16": "MOSTLY_BF16", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for name, x in gguf_tensors(model):
-        stored = kinds[stored_kind(name, x, kind)]
+    values = []
+    for tensor in tensors:
+        stored = kinds[stored_kind(tensor, kind)]
         block, block_bytes = gguf.GGML_QUANT_SIZES[stored]
-        nbytes = x.numel() // block * block_bytes
-        writer.add_tensor_info(name, x.shape, np.dtype(np.float32), nbytes, raw_dtype=stored)
+        nbytes = prod(tensor.shape) // block * block_bytes
+        values.append(LazyValues(tensor, stored, nbytes))
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=stored
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, x in gguf_tensors(model):
-        values = x.detach().to("cpu", torch.float32).contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(values, kinds[stored_kind(name, x, kind)]))
+    for x in values:
+        writer.write_tensor_data(x)

@@ -185,6 +185,18 @@ def test_memory_is_bounded_by_the_shard_not_by_the_model(fp8, sharded, tmp_path)
     assert whole > 0.9 * n_bytes  # the measurement sees a whole model
 
 
+def export_gguf(folder: Path, out: Path) -> None:
+    run_export(ExportConfig(folder, gguf=out, verify=False))
+
+
+def test_a_gguf_file_is_written_expert_by_expert(sharded, tmp_path):
+    pytest.importorskip("gguf", reason="pip install 'dsv3-ref[gguf]'")
+    n_bytes = sum(4 * p.numel() for p in Transformer(BIG).parameters())
+    peak = peak_in_process(export_gguf, sharded / "big", tmp_path / "big.gguf")
+    assert peak < 0.45 * n_bytes, (peak, n_bytes)
+    assert (tmp_path / "big.gguf").stat().st_size > 0.4 * n_bytes
+
+
 def test_a_native_directory_is_streamed_too(tmp_path, sharded):
     torch.manual_seed(1)
     model = Transformer(SMALL)
