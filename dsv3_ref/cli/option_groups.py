@@ -48,7 +48,12 @@ OPTION_GROUPS: dict[str, Groups] = {
         "output": "out shard_tokens",
         "computation": "workers",
     },
-    "data bench": {"data": "data megabytes", "measurement": "rounds workers", "output": "out"},
+    "data bench": {
+        "data": "data megabytes",
+        "measurement": "rounds workers",
+        "cluster": "config pp ep dp cp seq_len global_batch_size data_streams",
+        "output": "out",
+    },
     "train": TRAIN,
     "extend": {"extension": "phase needles"} | TRAIN,
     "sft": {**TRAIN, "data": "data epochs tokenizer"},

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from miniruns import flip_bit, no_report, options, prose, results, timeless
 
 from dsv3_ref.checkpoints.manifest import file_sha256
 from dsv3_ref.cli import main
+from dsv3_ref.cluster.plan import PlanConfig, estimate
 from dsv3_ref.config import UserError
 from dsv3_ref.data import (
     dedup,
@@ -39,6 +41,7 @@ from dsv3_ref.data.loader import PackedDataLoader
 from dsv3_ref.data.prepare import PrepareConfig
 from dsv3_ref.data.shards import Shards
 from dsv3_ref.data.sources import open_sources, stored_tokenizer
+from dsv3_ref.studies import data_bench
 from dsv3_ref.training.checkpointer import join_tensors, split_tensors
 
 
@@ -691,4 +694,19 @@ def test_a_bench_is_measured(home, tmp_path, monkeypatch, capsys):
     argv = ["data", "bench", "--megabytes", "0.1", "--rounds", "1", "--workers", "1"]
     assert main.main([*argv, "--data", str(home / "text"), "--out", str(out)]) == 0
     assert json.loads(out.read_text())["megabytes_per_s"].keys() >= {"encode_batch", "prepare"}
-    assert tok.BOS not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert tok.BOS not in said
+    assert re.search(
+        r"^v3 on 2,048 GPUs needs [67]\.\d per reader \(--data-streams 128", said, re.M
+    )
+
+
+@pytest.mark.parametrize("streams, rows", [(128, 120), (64, 240), (1, 15_360), (96, 320)])
+def test_a_reader_draws_all_rows_of_its_streams(streams, rows):
+    """With 96 streams of 160 rows, a reader of 120 rows has some of two streams."""
+    args = data_bench.DataBenchConfig(data_streams=streams)
+    need = data_bench.needed_rows_per_second(args) * estimate(PlanConfig()).seconds
+    assert need == pytest.approx(rows)
+    said = data_bench.format_need(args, {"shards": need / 2})
+    assert "is too SLOW: raise --data-streams" in said
+    assert "keeps up" in data_bench.format_need(args, {"shards": 2 * need})
