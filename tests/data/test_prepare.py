@@ -705,8 +705,8 @@ def test_a_bench_is_measured(home, tmp_path, monkeypatch, capsys):
 def test_a_reader_draws_all_rows_of_its_streams(streams, rows):
     """With 96 streams of 160 rows, a reader of 120 rows has some of two streams."""
     args = data_bench.DataBenchConfig(data_streams=streams)
-    need = data_bench.needed_rows_per_second(args) * estimate(PlanConfig()).seconds
-    assert need == pytest.approx(rows)
+    need = data_bench.needed_rows_per_second(args)
+    assert need * estimate(PlanConfig()).seconds == pytest.approx(rows)
     said = data_bench.format_need(args, {"shards": need / 2})
     assert "is too SLOW: raise --data-streams" in said
     assert "keeps up" in data_bench.format_need(args, {"shards": 2 * need})

@@ -194,7 +194,7 @@ def test_a_gguf_file_is_written_expert_by_expert(sharded, tmp_path):
     n_bytes = sum(4 * p.numel() for p in Transformer(BIG).parameters())
     peak = peak_in_process(export_gguf, sharded / "big", tmp_path / "big.gguf")
     assert peak < 0.45 * n_bytes, (peak, n_bytes)
-    assert (tmp_path / "big.gguf").stat().st_size > 0.4 * n_bytes
+    assert (tmp_path / "big.gguf").stat().st_size > 0.35 * n_bytes  # in bf16, without MTP
 
 
 def test_a_native_directory_is_streamed_too(tmp_path, sharded):
