@@ -199,13 +199,13 @@ def export_gguf(path: Path, args: ExportConfig) -> None:
     """
     home = local_dir(args.like) if args.like else find_tokenizer_dir(args.model)
     tokenizer, settings = load_tokenizer(home), load_tokenizer_settings(home)
-    check_vocab_size(tokenizer, model.config.vocab_size, OTHER_TOKENIZER)
     ids, template = special_token_ids(tokenizer, settings), exported_chat_template(settings)
     adds_bos = ChatTemplate(tokenizer, settings).adds_bos
     part = clear_path(path.with_name(f".{path.name}.dsv3-tmp"))
 
     def write(checkpoint: Path) -> Config:
         reader = open_weights(checkpoint)
+        check_vocab_size(tokenizer, reader.config.vocab_size, OTHER_TOKENIZER)
         write_gguf(part, reader, tokenizer, ids, adds_bos, template, args.gguf_type)
         return reader.config
 
