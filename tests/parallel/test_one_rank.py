@@ -73,7 +73,7 @@ def test_a_readout_is_that_of_a_plain_model(schedule):
     torch.manual_seed(2)
     plain, rows_bs = Transformer(MICRO).eval(), torch.randint(64, (3, 9))
 
-    def readout(h_bsd, head_wd, rows):
+    def readout(h_bsd, head_wd, rows, *_):
         return torch.stack((h_bsd[:, -1] @ head_wd[5], rows.rows_bs[:, 0].float()), 1)
 
     got = pipeline.read_out(RowBatch(rows_bs), readout, 2)
