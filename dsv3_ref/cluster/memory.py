@@ -102,6 +102,8 @@ def block_activations(at: MemorySettings, dense: bool, tokens: int, stream: int)
     if at.fixed:  # the place of rows beyond the sizes
         saved["rows of experts"] += 8 * len(at.fixed.sent)
     saved["rows of experts"] += count_bytes(at)
+    if not at.fp8:  # where the rows of each expert end, in int32
+        saved["rows of experts"] += 4 * (e // at.ep)
     return saved
 
 
