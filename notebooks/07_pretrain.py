@@ -791,11 +791,20 @@ class AdamW(torch.optim.Optimizer):
 def build_adamw(
     model: torch.nn.Module, recipe: TrainingRecipe, state_dtype: torch.dtype = torch.bfloat16
 ) -> AdamW:
-    """Build AdamW with weight decay on matrices only, not on the scales of norms."""
-    params = list(model.parameters())
+    """Build AdamW over all parameters of a model."""
+    return adamw_of_shards([(p, p.ndim) for p in model.parameters()], recipe, state_dtype)
+
+
+def adamw_of_shards(
+    shards: list[tuple[torch.nn.Parameter, int]], recipe: TrainingRecipe, state_dtype: torch.dtype
+) -> AdamW:
+    """Build AdamW with weight decay on matrices only, not on the scales of norms.
+
+    shards: parameters, or flat parts of some, with the axes of the whole.
+    """
     groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p, ndim in shards if ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p, ndim in shards if ndim == 1], "weight_decay": 0.0},
     ]
     return AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), state_dtype)
 

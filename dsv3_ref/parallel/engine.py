@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -42,25 +43,41 @@ from dsv3_ref.pretrain import StepStats
 from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine computes a step, apart from model, recipe, mesh and objective.
+
+    In bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend `fp8`.
+    """
+
+    schedule: str = "1f1b"
+    moments: torch.dtype = torch.bfloat16  # of AdamW
+    zero: bool = True  # ZeRO-1
+    micro_batch: int = 0  # rows; 0: see `Pipeline`
+    precision: Precision = "fp32"  # of weights and residual stream
+    ranks_per_node: int = 0  # of an expert group; 0: dispatch in one hop
+    fp8_dispatch: bool = False  # tokens are sent to experts in FP8
+    deepep: bool = False
+    dispatch_capacity: float = 0.0  # the factor of `FixedSizes`; 0: exact sizes
+    fan_out_sms: int = 0  # of the kernels within a node; 0: all-to-alls there too
+
+
+DEFAULTS = EngineSettings()
+
+
 class ParallelEngine:
     """A rank's part of a training step: its model part, its optimizer shard and its pipeline.
 
-    objective: the loss, which the task chooses. fp8: dispatch tokens in FP8. ranks_per_node: ranks
-    of an expert group in one node; 0 dispatches in one hop. precision: that of weights and residual
-    stream; in bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend
-    `fp8`. dispatch_capacity: the factor of `FixedSizes`; 0 dispatches with exact sizes.
-    fan_out_sms: multiprocessors of the kernels within a node; 0 uses all-to-alls there too.
+    objective: the loss, which the task chooses.
     """
 
     def __init__(
-        self, config: Config, recipe: TrainingRecipe, mesh: Mesh, schedule: str = "1f1b",
-        seed: int = 0, moments: torch.dtype = torch.bfloat16, zero: bool = True,
-        micro_batch: int = 0, ranks_per_node: int = 0, fp8: bool = False, deepep: bool = False,
-        objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
-        dispatch_capacity: float = 0.0, fan_out_sms: int = 0,
+        self, config: Config, recipe: TrainingRecipe, mesh: Mesh,
+        settings: EngineSettings = DEFAULTS, seed: int = 0,
+        objective: Objective = NEXT_TOKEN_LOSS,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        self.stages_by_rank = stages = stages_by_rank(schedule, mesh.pp)
+        self.stages_by_rank = stages = stages_by_rank(settings.schedule, mesh.pp)
         num_stages = count_stages(stages)
         if num_stages > config.n_layers:
             raise UserError(
@@ -75,16 +92,16 @@ class ParallelEngine:
         self.num_params = sum(p.numel() for p in whole.parameters())
         self.model = build_local_model(config, mesh, stages[mesh.pp_rank], num_stages, seed)
         self.traffic, self.num_left_out = Traffic(), 0
-        self.counts_traffic = mesh.ep > 1 and not deepep  # DeepEP does not report what it sends
-        dispatcher = self.create_dispatcher(
-            ranks_per_node, fp8, deepep, dispatch_capacity, fan_out_sms
-        )
+        # DeepEP does not report what it sends
+        self.counts_traffic = mesh.ep > 1 and not settings.deepep
         self.optimizer: ShardOptimizer = ZeroOptimizer(
-            self.model, config, mesh, stages, recipe, moments, zero, precision
-        )
+            self.model, config, mesh, stages, recipe, settings.moments, settings.zero,
+            settings.precision,
+        )  # fmt: skip
         self.build_pipeline: Callable[[Transformer], Pipeline] = partial(
-            Pipeline, config=config, mesh=mesh, schedule_name=schedule, stages_by_rank=stages,
-            token_dispatcher=dispatcher, objective=objective, micro_batch=micro_batch,
+            Pipeline, config=config, mesh=mesh, schedule_name=settings.schedule,
+            stages_by_rank=stages, token_dispatcher=self.create_dispatcher(settings),
+            objective=objective, micro_batch=settings.micro_batch,
         )  # fmt: skip
         self.pipeline = self.build_pipeline(self.model)
 
@@ -105,17 +122,15 @@ class ParallelEngine:
             ranges |= split_experts(name, FlatRange(x.shape, 0, x.detach().view(-1)), first)
         return ranges
 
-    def create_dispatcher(
-        self, ranks_per_node: int, fp8: bool, deepep: bool, capacity: float, fan_out_sms: int
-    ) -> TapeDispatcher:
+    def create_dispatcher(self, settings: EngineSettings) -> TapeDispatcher:
         """Create the dispatcher of tokens to the experts, which may all be on this rank."""
-        config = self.config
+        config, fp8, capacity = self.config, settings.fp8_dispatch, settings.dispatch_capacity
         if self.mesh.ep == 1:
             return AllToAllDispatcher([])
-        if deepep:
+        if settings.deepep:
             return DeepEPDispatcher(config, self.mesh.ep_group, fp8)
-        levels = dispatch_levels(config, self.mesh, ranks_per_node, self.traffic)
-        if fan_out_sms and not (capacity and self.mesh.device.type == "cuda"):
+        levels = dispatch_levels(config, self.mesh, settings.ranks_per_node, self.traffic)
+        if settings.fan_out_sms and not (capacity and self.mesh.device.type == "cuda"):
             raise UserError(
                 "--token-dispatcher symmetric needs GPUs and fixed sizes: "
                 "set --dispatch-capacity, or leave it out"
@@ -123,7 +138,7 @@ class ParallelEngine:
         if not capacity:
             return AllToAllDispatcher(levels, fp8)
         fixed = FixedSizes(capacity, config.n_routed_experts, config.n_activated_experts)
-        last_hop = FanOut(levels[-1], fan_out_sms, fp8) if fan_out_sms else None
+        last_hop = FanOut(levels[-1], settings.fan_out_sms, fp8) if settings.fan_out_sms else None
         return AllToAllDispatcher(levels, fp8, fixed, last_hop)
 
     def is_first_holder(self, name: str) -> bool:

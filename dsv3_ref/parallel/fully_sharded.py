@@ -29,10 +29,10 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Gate, Route, balance_loss
 from dsv3_ref.mtp import mtp_hidden_states, mtp_losses
 from dsv3_ref.ops import RMSNorm
-from dsv3_ref.optim import AdamW, TrainingRecipe
+from dsv3_ref.optim import TrainingRecipe, adamw_of_shards
 from dsv3_ref.parallel.bucket import Precision, weight_format
 from dsv3_ref.parallel.build import RNGReplay, get_rng_state, set_param, set_rng_state
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import DEFAULTS, EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.stage import MicroBatch
@@ -132,14 +132,8 @@ class FullyShardedOptimizer(ShardOptimizer):
     ):
         self.model, self.slices = model, local_slices(model)
         shards = {name: nn.Parameter(part.values) for name, part in self.slices.items()}
-        matrices = [x for name, x in shards.items() if len(self.slices[name].shape) > 1]
-        vectors = [x for name, x in shards.items() if len(self.slices[name].shape) == 1]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        adamw = AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), moments)
-        super().__init__(mesh, shards, adamw)
+        axes = [(x, len(self.slices[name].shape)) for name, x in shards.items()]
+        super().__init__(mesh, shards, adamw_of_shards(axes, recipe, moments))
 
     def reduce_and_clip_grads(self, max_norm: float) -> float:
         """Clip the gradients, which are already sums, to max_norm; return their norm before."""
@@ -240,23 +234,23 @@ class FullyShardedEngine(ParallelEngine):
     """A rank's part of a training step: its slices, and the rows of its micro-batches."""
 
     def __init__(
-        self, config: Config, recipe: TrainingRecipe, mesh: Mesh, seed: int = 0,
-        moments: torch.dtype = torch.bfloat16, micro_batch: int = 0,
-        objective: Objective = NEXT_TOKEN_LOSS, precision: Precision = "fp32",
+        self, config: Config, recipe: TrainingRecipe, mesh: Mesh,
+        settings: EngineSettings = DEFAULTS, seed: int = 0,
+        objective: Objective = NEXT_TOKEN_LOSS,
     ):  # fmt: skip
         self.config, self.mesh = config, mesh
-        self.precision = precision
+        self.precision = precision = settings.precision
         self.stages_by_rank = STAGES_BY_RANK
         self.units = Units(mesh.device, precision)
         self.model = build_sharded_model(config, self.units, seed)
         self.moe_names = list(moe_layers(self.model))
         self.num_params = sum(p.numel() for p in self.model.parameters())
         self.traffic, self.counts_traffic = Traffic(), False
-        self.optimizer = FullyShardedOptimizer(self.model, mesh, recipe, moments)
+        self.optimizer = FullyShardedOptimizer(self.model, mesh, recipe, settings.moments)
         dtype = torch.bfloat16 if precision == "bf16" else self.model.head.weight.dtype
         self.build_pipeline: Callable[[Transformer], Pipeline] = partial(
             GatheringPipeline, config=config, mesh=mesh, objective=objective,
-            micro_batch=micro_batch, dtype=dtype,
+            micro_batch=settings.micro_batch, dtype=dtype,
         )  # fmt: skip
         self.pipeline = self.build_pipeline(self.model)
 

@@ -29,7 +29,7 @@ from dsv3_ref.parallel.data_parallel import (
     largest_on_ranks,
     straggler_metrics,
 )
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.hf_shards import write_hf_shards
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.pipeline import Pipeline
@@ -117,24 +117,27 @@ class MeshParallel:
 
     def build_engine(self, task: Task) -> ParallelEngine:
         """Build the engine of a mesh, or that of fully sharded data parallelism."""
-        config = task.config
+        config, engine = task.config, ParallelEngine
         if config.fully_shard:
             from dsv3_ref.parallel.fully_sharded import FullyShardedEngine  # imports for seconds
 
-            return FullyShardedEngine(
-                config.model, config.recipe, self.mesh, config.seed, state_dtype(config),
-                config.micro_batch, task.objective, self.precision,
-            )  # fmt: skip
+            engine = FullyShardedEngine
         fp8 = config.dispatch_dtype == "fp8" or (
             config.dispatch_dtype == "auto" and config.precision == "fp8"
         )
-        return ParallelEngine(
-            config.model, config.recipe, self.mesh, config.schedule, config.seed,
-            state_dtype(config), config.zero, config.micro_batch, config.ep_ranks_per_node, fp8,
-            config.token_dispatcher == "deepep", task.objective, self.precision,
-            default_capacity(config, self.device),
-            config.dispatch_sms if config.token_dispatcher == "symmetric" else 0,
-        )  # fmt: skip
+        settings = EngineSettings(
+            schedule=config.schedule,
+            moments=state_dtype(config),
+            zero=config.zero,
+            micro_batch=config.micro_batch,
+            precision=self.precision,
+            ranks_per_node=config.ep_ranks_per_node,
+            fp8_dispatch=fp8,
+            deepep=config.token_dispatcher == "deepep",
+            dispatch_capacity=default_capacity(config, self.device),
+            fan_out_sms=config.dispatch_sms if config.token_dispatcher == "symmetric" else 0,
+        )
+        return engine(config.model, config.recipe, self.mesh, settings, config.seed, task.objective)
 
     def load_weights(self, init: Path) -> None:
         """Load weights: each rank reads its slices of the masters, then all exchange them."""

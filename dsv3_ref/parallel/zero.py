@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.config import Config
-from dsv3_ref.optim import AdamW, TrainingRecipe
+from dsv3_ref.optim import AdamW, TrainingRecipe, adamw_of_shards
 from dsv3_ref.parallel.bucket import (
     Bucket,
     BucketKey,
@@ -114,14 +114,13 @@ class ZeroOptimizer(ShardOptimizer):
         for name, p in model.named_parameters():
             named[bucket_key(name, p.ndim, config, stages_by_rank, precision)][name] = p
         self.buckets: list[Bucket] = []
-        groups = []
+        axes = []
         for key, params in sorted(named.items()):
             group = mesh.reduce_groups[key.owners, key.expert]
             bucket = Bucket(params, group, sharded, key.weight_format)
             self.buckets.append(bucket)
-            decay = recipe.weight_decay if key.is_matrix else 0.0
-            groups.append({"params": [bucket.shard], "weight_decay": decay})
-        adamw = AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), moments)
+            axes.append((bucket.shard, max(p.ndim for p in params.values())))
+        adamw = adamw_of_shards(axes, recipe, moments)
         super().__init__(mesh, {str(i): b.shard for i, b in enumerate(self.buckets)}, adamw)
         self.gather_weights()
 

@@ -18,6 +18,7 @@ from dsv3_ref.config import V2_LITE, count_params
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel import fully_sharded
+from dsv3_ref.parallel.engine import EngineSettings
 from dsv3_ref.parallel.fully_sharded import FullyShardedEngine, GatheringPipeline
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.training.recompute import saved_tensors
@@ -45,7 +46,7 @@ def storages(tensors) -> int:
 def count_step(recompute: bool, sequences: int):
     """Return the bytes of masters, moments, gradients, a forward pass, and the peak of a step."""
     mesh, recipe = Mesh(1, dist.get_world_size(), 1, torch.device("cpu")), RECIPES["tiny"]
-    engine = FullyShardedEngine(CONFIG, recipe, mesh, precision="bf16")
+    engine = FullyShardedEngine(CONFIG, recipe, mesh, EngineSettings(precision="bf16"))
     shards = engine.optimizer.shards.values()
     rows = torch.randint(CONFIG.vocab_size, (mesh.world * sequences, S + 1))
     counted, forward = {}, GatheringPipeline.forward

@@ -15,7 +15,7 @@ from dsv3_ref import ops
 from dsv3_ref.cluster.memory import MemorySettings, fixed_rows, usage_after_steps
 from dsv3_ref.config import TINY
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.pipeline import PipelineRun
 from dsv3_ref.scale import dispatch_rows
@@ -203,10 +203,11 @@ def count_step(
     config = CONFIG if cp == 1 else WITHOUT_MTP
     mesh = Mesh(*shape, torch.device("cpu"), cp=cp)
     recipe = replace(RECIPES["tiny"], max_grad_norm=1e9)
-    engine = ParallelEngine(
-        config, recipe, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node,
-        fp8=precision == "fp8", precision=precision, dispatch_capacity=capacity,
+    step = EngineSettings(
+        name, precision=precision, ranks_per_node=ranks_per_node, fp8_dispatch=precision == "fp8",
+        dispatch_capacity=capacity,
     )  # fmt: skip
+    engine = ParallelEngine(config, recipe, mesh, step)
     rows = torch.randint(config.vocab_size, (batch, cp * S + 1))
     counted, saved = [], []
     run_step = PipelineRun.run_step

@@ -23,7 +23,7 @@ from dsv3_ref.cluster.plan import (
 from dsv3_ref.cluster.step_time import pipeline_spans, waterfall
 from dsv3_ref.config import TINY, V3, UserError, count_params
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.scale import NO_OVERHEADS, wall_clock_factor
 from dsv3_ref.training.objective import RowBatch
@@ -161,10 +161,10 @@ def test_without_zero_the_moments_are_everywhere(v3):
 def lived(shape, name: str, batch: int, s: int, ranks_per_node: int):
     """Bytes that a rank holds between steps, and sent in a real one (see test_memory.py)."""
     mesh, r = Mesh(*shape, torch.device("cpu")), replace(RECIPES["tiny"], max_grad_norm=1e9)
-    c = ParallelEngine(
-        SMALL, r, mesh, name, moments=torch.bfloat16, ranks_per_node=ranks_per_node, fp8=True,
-        precision="fp8",
-    )  # fmt: skip
+    settings = EngineSettings(
+        name, precision="fp8", ranks_per_node=ranks_per_node, fp8_dispatch=True
+    )
+    c = ParallelEngine(SMALL, r, mesh, settings)
     rows = torch.randint(SMALL.vocab_size, (batch, s + 1))
     with ops.use("fp8", "auto"), torch.autocast("cpu", torch.bfloat16):
         c.train_step(rows, r, 1e-3, 1e-3, 0.3)
@@ -202,7 +202,8 @@ def opened(shape, name: str, ranks_per_node: int, cp: int):
         for call in ("isend", "irecv"):
             patch.setattr(dist, call, recorded(getattr(dist, call), 1, pairs, names))
         config = replace(SMALL, n_layers=8)
-        engine = ParallelEngine(config, RECIPES["tiny"], mesh, name, ranks_per_node=ranks_per_node)
+        settings = EngineSettings(name, ranks_per_node=ranks_per_node)
+        engine = ParallelEngine(config, RECIPES["tiny"], mesh, settings)
         with ops.use("zero_bubble", "auto"):
             rows = torch.randint(SMALL.vocab_size, (16, 17))
             engine.train_step(rows, RECIPES["tiny"], 1e-3, 1e-3, 0.3)

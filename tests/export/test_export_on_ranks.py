@@ -37,7 +37,7 @@ SHARD_BYTES = 300_000
 def save_sharded(config, folder: Path) -> None:
     """Write a checkpoint of a mesh with random weights and moments."""
     mesh = Mesh(2, 1, 2, torch.device("cpu"))
-    engine = ParallelEngine(config, RECIPES["tiny"], mesh, "1f1b", 7)
+    engine = ParallelEngine(config, RECIPES["tiny"], mesh, seed=7)
     checkpointer = AsyncCheckpointer(dist.new_group(backend="gloo"))
     checkpointer.save(engine, folder, ({}, {}, {}) if mesh.rank == 0 else None)
     checkpointer.wait()

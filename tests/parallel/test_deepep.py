@@ -19,7 +19,7 @@ from dsv3_ref.config import V3, UserError, ceil_div
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.deepep import DeepEPDispatcher, create_buffer
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.tape import Tape, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import AllToAllDispatcher, Traffic, dispatch_levels
@@ -315,7 +315,8 @@ def train_three_steps(name: str):
     for deepep in (False, True):
         torch.manual_seed(1)
         with deep_ep() if deepep else nullcontext(), ops.use("zero_bubble", "auto"):
-            engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, name, 1, deepep=deepep)
+            settings = EngineSettings(name, deepep=deepep)
+            engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, settings, 1)
             rows = [torch.randint(0, 64, (6, 17)) for _ in range(3)]
             stats = [engine.train_step(r, RECIPES["tiny"], 1e-3, 0.0, 0.3) for r in rows]
         numbers = [(s.loss, s.total, s.grad_norm, *s.mtp) for s in stats]

@@ -19,7 +19,7 @@ from dsv3_ref.expert_parallel import dispatch_layout, padded_dispatch_layout, so
 from dsv3_ref.moe import GroupedExperts
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel import pipeline
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.stage import LossStats, LossWeights
 from dsv3_ref.parallel.tape import Tape, run_to_completion
@@ -154,10 +154,11 @@ def compare_engines(shape, name: str, ranks_per_node: int, capacity: float, prec
     ):
         patch.setattr(pipeline.tqdm, "write", lambda text, *_: said.append(text))
         for factor in (0.0, capacity):
-            engine = ParallelEngine(
-                MICRO, recipe, mesh, name, 1, ranks_per_node=ranks_per_node,
-                dispatch_capacity=factor, fp8=fp8, precision=precision,
+            settings = EngineSettings(
+                name, precision=precision, ranks_per_node=ranks_per_node, fp8_dispatch=fp8,
+                dispatch_capacity=factor,
             )  # fmt: skip
+            engine = ParallelEngine(MICRO, recipe, mesh, settings, 1)
             torch.manual_seed(3)
             for _ in range(2):
                 stats = engine.train_step(torch.randint(64, (9, 17)), recipe, 1e-3, 1e-2, 0.3)
@@ -268,10 +269,11 @@ def waits_of_a_batch(
     batch=None, cp: int = 1,
 ):  # fmt: skip
     """Return what the host waits for in the forward and backward passes of a batch."""
-    engine = ParallelEngine(
-        MICRO, RECIPES["tiny"], Mesh(*shape, CPU, cp=cp), name, ranks_per_node=ranks_per_node,
-        fp8=fp8, dispatch_capacity=capacity, objective=objective,
-    )  # fmt: skip
+    settings = EngineSettings(
+        name, ranks_per_node=ranks_per_node, fp8_dispatch=fp8, dispatch_capacity=capacity
+    )
+    mesh = Mesh(*shape, CPU, cp=cp)
+    engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, settings, objective=objective)
     pipeline = engine.pipeline
     batch = batch or RowBatch(torch.randint(64, (9, 17)))
     rows = pipeline.split(batch)

@@ -30,6 +30,7 @@ from dsv3_ref.checkpoints.sharded import held_ranges, stage, weight_ranges
 from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.optim import RECIPES, build_adamw
+from dsv3_ref.parallel.engine import EngineSettings
 from dsv3_ref.parallel.fully_sharded import FullyShardedEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.posttraining.sft import flagged_loss, num_loss_tokens
@@ -120,7 +121,8 @@ def compare_steps(task: str, micro_batch: int, num_rows: int):
     recipe = RECIPE if mtp_weight else replace(RECIPE, balance_loss_coeff=0.0)
     with computing_in(torch.float64):
         mesh = Mesh(1, dist.get_world_size(), 1, CPU)
-        engine = FullyShardedEngine(MICRO, recipe, mesh, 1, torch.float64, micro_batch, objective)
+        settings = EngineSettings(moments=torch.float64, micro_batch=micro_batch)
+        engine = FullyShardedEngine(MICRO, recipe, mesh, settings, 1, objective)
         torch.manual_seed(1)
         whole = Transformer(MICRO)
         optimizer = build_adamw(whole, recipe, torch.float64)
@@ -178,7 +180,8 @@ def test_a_step_is_the_step_of_one_process(world, task, micro_batch, num_rows, g
 
 
 def build(config=MICRO, seed: int = 1) -> tuple[FullyShardedEngine, EMA]:
-    engine = FullyShardedEngine(config, RECIPE, Mesh(1, dist.get_world_size(), 1, CPU), seed)
+    mesh = Mesh(1, dist.get_world_size(), 1, CPU)
+    engine = FullyShardedEngine(config, RECIPE, mesh, seed=seed)
     optimizer = engine.optimizer
     return engine, EMA(optimizer.masters(), optimizer.adamw, 0.9, optimizer.gather_weights)
 

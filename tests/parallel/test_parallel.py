@@ -15,7 +15,7 @@ from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import GroupedExperts, MoE
 from dsv3_ref.optim import RECIPES, build_adamw
 from dsv3_ref.parallel.build import build_local_model, owning_ranks
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, resolve_parallel_dims
 from dsv3_ref.parallel.tape import Tape, interleave, run_to_completion
 from dsv3_ref.parallel.token_dispatcher import (
@@ -443,9 +443,9 @@ def compare_steps(shape, name: str, zero: bool, ranks_per_node: int, dtype, is_p
         loss_functions.append(num_loss_tokens)
     moments = torch.bfloat16 if dtype == torch.float32 else dtype
     engine = ParallelEngine(
-        MICRO, recipe, Mesh(*shape, CPU, cp=cp), name, 1, moments, zero,
-        ranks_per_node=ranks_per_node,
-        objective=CompletionLoss() if is_packed else NEXT_TOKEN_LOSS,
+        MICRO, recipe, Mesh(*shape, CPU, cp=cp),
+        EngineSettings(name, moments, zero, ranks_per_node=ranks_per_node), 1,
+        CompletionLoss() if is_packed else NEXT_TOKEN_LOSS,
     )  # fmt: skip
     torch.manual_seed(1)
     whole = Transformer(MICRO)
@@ -539,7 +539,7 @@ def test_so_is_a_step_on_packed_conversations(shape, name, zero, ranks_per_node,
 
 def measure_traffic(name: str, num_microbatches: int):
     """Return the time of a step's all-to-alls: in flight, exposed, and the hidden fraction."""
-    engine = ParallelEngine(MICRO, RECIPES["tiny"], Mesh(2, 1, 2, CPU), name)
+    engine = ParallelEngine(MICRO, RECIPES["tiny"], Mesh(2, 1, 2, CPU), EngineSettings(name))
     rows = torch.randint(0, 64, (2 * num_microbatches, 33))
     with ops.use("zero_bubble", "auto"):
         engine.train_step(rows, RECIPES["tiny"], 1e-3, 0.0, 0.3)
@@ -572,7 +572,8 @@ def test_a_loss_over_the_batch_is_refused(gang):
 
 def too_deep() -> str:
     try:
-        ParallelEngine(replace(MICRO, n_layers=3), RECIPES["tiny"], Mesh(2, 1, 1, CPU), "dualpipev")
+        shallow, settings = replace(MICRO, n_layers=3), EngineSettings("dualpipev")
+        ParallelEngine(shallow, RECIPES["tiny"], Mesh(2, 1, 1, CPU), settings)
     except UserError as e:
         return str(e)
     return "not refused"

@@ -28,7 +28,7 @@ from dsv3_ref.data.packing import LOSS, START
 from dsv3_ref.grpo import grpo_loss
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES, build_adamw
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.posttraining.grpo_objective import GRPOObjective, RolloutRows
 from dsv3_ref.posttraining.reward import PairRows, PreferenceObjective
@@ -158,8 +158,8 @@ def compare_steps(shape, name: str, task: str, loss_type: str, cp: int = 1):
         batch = draw(5)  # fewer than four pipelines × two micro-batches: some are empty
         objective = make_objective(task, loss_type, batch)
         engine = ParallelEngine(
-            MICRO, RECIPE, Mesh(*shape, CPU, cp=cp), name, 1, torch.float64, objective=objective,
-            micro_batch=1,
+            MICRO, RECIPE, Mesh(*shape, CPU, cp=cp),
+            EngineSettings(name, torch.float64, micro_batch=1), 1, objective,
         )  # fmt: skip
         torch.manual_seed(1)
         whole = Transformer(MICRO)
@@ -254,7 +254,8 @@ def compare_values(shape, name: str, cp: int):
         rollouts, pairs = draw_rollouts(5), draw_pairs(5)
         objective = grpo_objective("grpo", 5, 1)
         mesh = Mesh(*shape, CPU, cp=cp)
-        engine = ParallelEngine(MICRO, RECIPE, mesh, name, 1, objective=objective, micro_batch=1)
+        settings = EngineSettings(name, micro_batch=1)
+        engine = ParallelEngine(MICRO, RECIPE, mesh, settings, 1, objective)
         frozen = engine.build_frozen()
         frozen.model.load_state_dict(engine.model.state_dict())
         with torch.no_grad():

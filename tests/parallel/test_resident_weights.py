@@ -29,7 +29,7 @@ from dsv3_ref.parallel.bucket import (
     staged_bytes,
     weight_format,
 )
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.stage import EmbeddingFunction, Stage
 from dsv3_ref.pretrain import train_step
@@ -61,9 +61,8 @@ def computing_in(precision: str, *backends: str):
 
 
 def build(shape, schedule, precision, zero=True, seed=1):
-    return ParallelEngine(
-        CONFIG, RECIPE, Mesh(*shape, CPU), schedule, seed, zero=zero, precision=precision
-    )
+    settings = EngineSettings(schedule, zero=zero, precision=precision)
+    return ParallelEngine(CONFIG, RECIPE, Mesh(*shape, CPU), settings, seed)
 
 
 def step(engine, rows_bs, precision, lr=1e-3):
@@ -327,9 +326,8 @@ SHALLOW = replace(CONFIG, n_layers=2, n_mtp_layers=0)
 
 def train_for(steps: int, precision: str, seed: int):
     """Return the loss of every step, and that of rows that were not seen."""
-    engine = ParallelEngine(
-        SHALLOW, RECIPE, Mesh(1, 1, 2, CPU), "1f1b", seed=seed, precision=precision
-    )
+    settings = EngineSettings(precision=precision)
+    engine = ParallelEngine(SHALLOW, RECIPE, Mesh(1, 1, 2, CPU), settings, seed)
     losses = [step(engine, draw(8, i), precision, 5e-5).loss for i in range(steps)]
     with computing_in(precision, "zero_bubble"):
         unseen = engine.mean_loss(RowBatch(draw(16, 999)))

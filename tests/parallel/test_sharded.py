@@ -29,7 +29,7 @@ from dsv3_ref.config import UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.build import local_experts_of
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.training.ema import EMA
 
@@ -39,7 +39,8 @@ MESHES = [((2, 1, 2), "dualpipe", True), ((1, 2, 2), "1f1b", False), ((4, 1, 1),
 
 
 def build_engine(shape, schedule: str, zero: bool) -> tuple[ParallelEngine, EMA]:
-    engine = ParallelEngine(MICRO, RECIPE, Mesh(*shape, CPU), schedule, 1, zero=zero)
+    settings = EngineSettings(schedule, zero=zero)
+    engine = ParallelEngine(MICRO, RECIPE, Mesh(*shape, CPU), settings, 1)
     optimizer = engine.optimizer
     return engine, EMA(optimizer.masters(), optimizer.adamw, 0.9, optimizer.gather_weights)
 
@@ -244,7 +245,7 @@ def start_from(shape, schedule: str, folder) -> tuple[int, int, bool]:
     Return the bytes that this rank has read, those of its part of the model as it is stored, and
     whether its model is right.
     """
-    engine = ParallelEngine(WIDE, RECIPE, Mesh(*shape, CPU), schedule, 1)
+    engine = ParallelEngine(WIDE, RECIPE, Mesh(*shape, CPU), EngineSettings(schedule), 1)
     with counted_reads() as counted:
         fill_weights(weight_ranges(engine), folder)
     engine.optimizer.gather_weights()
@@ -277,7 +278,7 @@ def test_so_does_a_start_from_a_sharded_checkpoint(gang, tmp_path):
 
 
 def save_wide(folder) -> None:
-    engine = ParallelEngine(WIDE, RECIPE, Mesh(1, 2, 2, CPU), "1f1b", 5)
+    engine = ParallelEngine(WIDE, RECIPE, Mesh(1, 2, 2, CPU), seed=5)
     write(engine, None, folder)
     if dist.get_rank() == 0:
         assert json.loads((folder / "config.json").read_text()) == asdict(WIDE)
