@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dsv3_ref.config import Config
 from dsv3_ref.dualpipe import Action, Step, iter_actions, output_of, schedule
+from dsv3_ref.ops import CE_CHUNK_TOKENS
 from dsv3_ref.parallel.context_parallel import num_head_groups
 from dsv3_ref.parallel.token_dispatcher import FixedSizes
 from dsv3_ref.scale import (
@@ -134,9 +135,10 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
 def count_bytes(at: MemorySettings) -> int:
     """Return the bytes of the numbers of rows of a rank's experts.
 
-    With exact sizes and several ranks, the number of rows of no expert is beside them.
+    With exact sizes and several ranks, FP8 has the number of rows of no expert beside them.
     """
-    return 8 * (at.config.n_routed_experts // at.ep + (at.ep > 1 and at.fixed is None))
+    has_none = at.fp8 and at.ep > 1 and at.fixed is None
+    return 8 * (at.config.n_routed_experts // at.ep + has_none)
 
 
 # ── What a deferred weight gradient keeps ──
@@ -178,6 +180,42 @@ def stage_wgrads(at: MemorySettings, stage: int) -> int:
         for k in range(1, config.n_mtp_layers + 1):
             num_bytes += block_wgrads(at, False, at.mtp_tokens(k))
     return num_bytes
+
+
+# ── While a segment runs ──
+
+
+def working_set(at: MemorySettings) -> Bytes:
+    """Estimate what the backward pass of each segment of a layer holds while it runs, and the head.
+
+    It is what kernels read and write in bf16: operands that are recomputed or read from FP8, and
+    gradients.
+    """
+    c, tokens = at.config, at.tokens
+    x, v = c.qk_nope_head_dim + c.qk_rope_head_dim, c.v_head_dim
+    keys_and_values = c.n_heads * (c.qk_nope_head_dim + v)
+    heads = c.n_heads * (4 * x + 2 * v)  # queries, keys, their gradients; output and its gradient
+    rows = at.fixed.computed if at.fixed else c.n_activated_experts * tokens
+    inter = max(c.inter_dim if c.n_dense_layers else 0, c.n_shared_experts * c.moe_inter_dim)
+    logits = min(CE_CHUNK_TOKENS, tokens) * c.vocab_size
+    return Counter({
+        "attention": 2 * tokens * (heads + 2 * keys_and_values + 4 * c.dim),
+        "experts": 2 * rows * (3 * c.dim + 6 * c.moe_inter_dim),
+        "dense or shared MLP": 2 * tokens * (3 * c.dim + 6 * inter),
+        "head": 2 * 4 * logits,  # and their gradients, in fp32
+    })  # fmt: skip
+
+
+def working_set_bytes(at: MemorySettings) -> int:
+    """Estimate the most that a rank holds while it computes, beside what it has saved.
+
+    A pair of DualPipe runs the forward pass of another micro-batch beside the backward pass, which
+    needs at most half as much.
+    """
+    sizes = working_set(at)
+    if at.cp > 1:
+        sizes["attention"] += attention_buffers(at).total()
+    return round(max(sizes.values()) * (1.5 if at.schedule.startswith("dualpipe") else 1))
 
 
 # ── While attention runs ──

@@ -14,6 +14,7 @@ from dsv3_ref.cluster.memory import (
     attention_buffers,
     fixed_rows,
     peak_usage,
+    working_set_bytes,
 )
 from dsv3_ref.cluster.step_time import StepSettings, pipeline_spans, waterfall
 from dsv3_ref.config import Config, UserError, load_config
@@ -573,9 +574,10 @@ def format_default_capacity(plan: PlanConfig) -> str:
     plan = replace(plan, dispatch_capacity=CUDA_CAPACITY)
     padded = memory_settings(plan, load_config(plan.config))
     ranks, _ = memory_of_ranks(padded, plan.dp, plan.precision, plan.zero)
-    top = max(rank.gpu for rank in ranks)
+    top, working = max(rank.gpu for rank in ranks), working_set_bytes(padded)
     return (
-        f"{top / 1e9:.1f} GB with {format_capacity(CUDA_CAPACITY)}, the default of training on CUDA"
+        f"{top / 1e9:.1f} GB with {format_capacity(CUDA_CAPACITY)}, the default of training on "
+        f"CUDA, and a working set of about {working / 1e9:.1f} GB"
     )
 
 
@@ -583,11 +585,13 @@ def format_fit(result: Estimate) -> str:
     """Return whether the ranks fit in their memory, and what else needs some of it."""
     plan, memory = result.plan, result.plan.rates.memory
     top = max(rank.gpu for rank in result.ranks)
-    fits = "fits in" if top <= memory else "does NOT fit in"
-    text = f"{top / 1e9:.1f} GB {fits} {memory / 1e9:g} GB"
-    if top <= memory:
-        text += f" and leaves {(memory - top) / 1e9:.1f} GB for buffers: working set, NCCL, "
-        text += "CUDA's context"
+    working = working_set_bytes(memory_settings(plan, result.model))
+    left = memory - top - working
+    fits = "fit in" if left >= 0 else "do NOT fit in"
+    text = f"{top / 1e9:.1f} GB and a working set of about {working / 1e9:.1f} GB "
+    text += f"{fits} {memory / 1e9:g} GB"
+    if left >= 0:
+        text += f"; {left / 1e9:.1f} GB are left for buffers: NCCL, CUDA's context"
     text += format_buffers(result)
     if not plan.dispatch_capacity and plan.ep > 1:
         text += f"\n{format_default_capacity(plan)}"
