@@ -13,7 +13,7 @@ from test_fixed_sizes import CPU, MICRO, SHAPE, run_layer
 from dsv3_ref.config import UserError
 from dsv3_ref.moe import GroupedExperts
 from dsv3_ref.optim import RECIPES
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.fan_out import FanOut
 from dsv3_ref.parallel.mesh import Mesh
 from dsv3_ref.parallel.token_dispatcher import (
@@ -107,8 +107,8 @@ def test_only_rows_that_exist_are_sent(gang, tmp_path):
 
 def refused(capacity: float) -> str:
     with pytest.raises(UserError) as error:
-        ParallelEngine(MICRO, RECIPES["tiny"], Mesh(1, 1, 2, CPU), dispatch_capacity=capacity,
-                       fan_out_sms=4)  # fmt: skip
+        settings = EngineSettings(dispatch_capacity=capacity, fan_out_sms=4)
+        ParallelEngine(MICRO, RECIPES["tiny"], Mesh(1, 1, 2, CPU), settings)
     return str(error.value)
 
 

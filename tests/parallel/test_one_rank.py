@@ -15,7 +15,7 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.moe import MoE
 from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel.bucket import rank_state_bytes
-from dsv3_ref.parallel.engine import ParallelEngine
+from dsv3_ref.parallel.engine import EngineSettings, ParallelEngine
 from dsv3_ref.parallel.mesh import Mesh, MeshLayout
 from dsv3_ref.parallel.pipeline import Pipeline
 from dsv3_ref.parallel.rows import LocalRows
@@ -48,7 +48,8 @@ def one_rank(tmp_path_factory):
 
 
 def build(schedule: str = "1f1b", **options) -> ParallelEngine:
-    return ParallelEngine(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU), schedule, seed=2, **options)
+    settings = EngineSettings(schedule, **options)
+    return ParallelEngine(MICRO, RECIPES["tiny"], Mesh(1, 1, 1, CPU), settings, seed=2)
 
 
 # ── Steps ──
