@@ -209,7 +209,7 @@ def add_vocabulary(
 # ── Tensors ──
 
 
-class StoredTensor(NamedTuple):
+class GGUFTensor(NamedTuple):
     """A tensor of llama.cpp: its shape, and functions that read its parts, such as experts."""
 
     name: str
@@ -233,7 +233,7 @@ def split_by_head(x: Tensor, config: Config) -> tuple[Tensor, ...]:
     return x_hxc.tensor_split([config.qk_nope_head_dim], dim=1)
 
 
-def gguf_tensors(reader: WeightReader) -> Iterator[StoredTensor]:
+def gguf_tensors(reader: WeightReader) -> Iterator[GGUFTensor]:
     """Yield each of llama.cpp's tensors; wkv_b is two of them."""
     for name, x in reader.expected.items():
         if name.startswith("mtp."):
@@ -248,13 +248,11 @@ def gguf_tensors(reader: WeightReader) -> Iterator[StoredTensor]:
             for part_name, part in whole_ranges(name, x).items()
         ]
         if key != "L.attn.wkv_b.weight":
-            yield StoredTensor(prefix + NAMES[key], tuple(x.shape), reads)
+            yield GGUFTensor(prefix + NAMES[key], tuple(x.shape), reads)
             continue
         for half, take in (("attn_k_b", key_half), ("attn_v_b", value_half)):
             read = partial(read_half, take, reads[0], reader.config)
-            yield StoredTensor(
-                f"{prefix}{half}.weight", tuple(take(x, reader.config).shape), [read]
-            )
+            yield GGUFTensor(f"{prefix}{half}.weight", tuple(take(x, reader.config).shape), [read])
 
 
 def read_half(
@@ -264,7 +262,7 @@ def read_half(
     return take(read(), config)
 
 
-def stored_kind(tensor: StoredTensor, kind: str) -> str:
+def stored_kind(tensor: GGUFTensor, kind: str) -> str:
     """Return how a tensor is stored: a vector or a gate in fp32, a matrix as `kind`.
 
     Rows that have no whole number of q8_0's blocks are stored in f16, as llama.cpp does.
@@ -280,7 +278,7 @@ def stored_kind(tensor: StoredTensor, kind: str) -> str:
 class LazyValues:
     """The values of a tensor for gguf's writer, which are read and converted part by part."""
 
-    tensor: StoredTensor
+    tensor: GGUFTensor
     stored: Any  # gguf's type of a quantized number
     nbytes: int
 
@@ -293,7 +291,7 @@ class LazyValues:
             gguf.quants.quantize(values, self.stored).tofile(file)
 
 
-def add_tensors(writer: Any, tensors: list[StoredTensor], kind: str) -> None:
+def add_tensors(writer: Any, tensors: list[GGUFTensor], kind: str) -> None:
     """Write all tensors, one after another."""
     import gguf
 

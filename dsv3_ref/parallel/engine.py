@@ -45,7 +45,7 @@ from dsv3_ref.training.objective import NEXT_TOKEN_LOSS, Objective, RowBatch
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine computes a step, apart from model, recipe, mesh and objective.
+    """The settings of an engine, apart from model, recipe, mesh and objective.
 
     In bf16 and FP8 the caller computes under autocast to bf16, and in FP8 with the backend `fp8`.
     """
@@ -124,7 +124,8 @@ class ParallelEngine:
 
     def create_dispatcher(self, settings: EngineSettings) -> TapeDispatcher:
         """Create the dispatcher of tokens to the experts, which may all be on this rank."""
-        config, fp8, capacity = self.config, settings.fp8_dispatch, settings.dispatch_capacity
+        config, capacity = self.config, settings.dispatch_capacity
+        fp8 = settings.fp8_dispatch
         if self.mesh.ep == 1:
             return AllToAllDispatcher([])
         if settings.deepep:

@@ -39,7 +39,7 @@ class RolloutRows(RowBatch):
 
 
 class RolloutPlaces(NamedTuple):
-    """Which of this rank's hidden states predict a completion's token, (k,), and which token."""
+    """The places of hidden states on this rank that predict completions' tokens, and the tokens."""
 
     place_k: Tensor
     y_k: Tensor

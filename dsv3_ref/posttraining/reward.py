@@ -123,7 +123,7 @@ class PairRows(RowBatch):
 
 
 class PairPlaces(NamedTuple):
-    """Which of this rank's hidden states give rewards, and which predict judgments."""
+    """The places of hidden states on this rank that give rewards or predict judgments."""
 
     ends_k: Tensor  # 0, and the place after the last token of each sample that ends on this rank
     sample_k: Tensor  # the numbers of these samples

@@ -88,7 +88,8 @@ def run_empty(empty: Pipeline, m: int, training: bool = True) -> None:
 def test_a_rank_never_runs_all_rows_of_a_large_step_at_once(pp, cp, seq_len, rows, sizes):
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.mesh = SimpleNamespace(pp=pp, cp=cp, data_size=1, data_rank=0)
-    pipeline.micro_batch, pipeline.schedule_name, pipeline.dispatcher = 0, "1f1b", None
+    pipeline.micro_batch, pipeline.schedule_name = 0, "1f1b"
+    pipeline.dispatcher = None
     batch = RowBatch(torch.zeros(rows, seq_len + 1, dtype=torch.int64))
     assert [len(part) for part in pipeline.split(batch)] == sizes
 
