@@ -4,7 +4,7 @@ Norms, gates and biases are fp32. MTP modules are left out: llama.cpp does not r
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -214,7 +214,7 @@ class GGUFTensor(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    parts: list[Callable[[], Tensor]]
+    parts: Sequence[Callable[[], Tensor]]
 
 
 def key_half(x: Tensor, config: Config) -> Tensor:

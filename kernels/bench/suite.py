@@ -1,6 +1,6 @@
 """All cases of the benchmark, at the sizes of the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -116,7 +116,7 @@ def matmul_cases(shrink: Shrink) -> list[Case]:
     return cases
 
 
-def for_sizes(sizes: list[tuple[int, ...]], *makers: Callable[..., Case]) -> list[Case]:
+def for_sizes(sizes: Sequence[tuple[int, ...]], *makers: Callable[..., Case]) -> list[Case]:
     """Return the cases of all makers at the first sizes, then at the next ones, and so on."""
     return [make(*size) for size, make in product(sizes, makers)]
 
