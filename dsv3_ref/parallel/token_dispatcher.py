@@ -38,7 +38,7 @@ from dsv3_ref.parallel.tape import Grads, Steps, Tape
 from dsv3_ref.parallel.watchdog import track_operation
 
 LINKS = ("local", "intranode", "internode")
-CUDA_CAPACITY = 1.5  # the default of --dispatch-capacity on CUDA
+CUDA_CAPACITY = 1.25  # the default of --dispatch-capacity on CUDA
 
 
 @dataclass

@@ -124,14 +124,14 @@ def test_v3_fits_in_80_gb_with_its_messages(v3):
 
 
 def test_fixed_sizes_are_padded_in_every_line_of_rows(v3):
-    """Expert inputs and products have 1.5 × the mean; the text names both sizes."""
-    padded = estimate(replace(v3.plan, dispatch_capacity=1.5))
+    """Expert inputs and products have 1.25 × the mean; the text names both sizes."""
+    padded = estimate(replace(v3.plan, dispatch_capacity=1.25))
     for kind in ("expert inputs", "gate and up of experts"):
         ratio = padded.usage[8][kind] / v3.usage[8][kind]
-        assert ratio == pytest.approx(1.5, abs=0.05), kind
+        assert ratio == pytest.approx(1.25, abs=0.05), kind
     top = f"{max(rank.gpu for rank in padded.ranks) / 1e9:.1f} GB"
-    assert f"{top} with sizes of 1.5 × the mean" in format_estimate(v3)
-    assert "sizes of 1.5 × the mean (--dispatch-capacity 1.5):" in format_estimate(padded)
+    assert f"{top} with sizes of 1.25 × the mean" in format_estimate(v3)
+    assert "sizes of 1.25 × the mean (--dispatch-capacity 1.25):" in format_estimate(padded)
     with pytest.raises(UserError, match="--dispatch-capacity"):
         estimate(replace(v3.plan, dispatch_capacity=0.5))
 

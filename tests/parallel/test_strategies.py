@@ -19,8 +19,9 @@ from dsv3_ref.optim import RECIPES
 from dsv3_ref.parallel import context_parallel, data_parallel, mesh_parallel
 from dsv3_ref.parallel.context_parallel import SequencePart, num_head_groups, split_heads
 from dsv3_ref.parallel.data_parallel import DataParallel
+from dsv3_ref.parallel.engine import EngineSettings
 from dsv3_ref.parallel.mesh_parallel import MeshParallel, default_capacity, with_zero_bubble
-from dsv3_ref.training.objective import RowBatch, Targets
+from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.settings import TrainConfig
 from dsv3_ref.training.strategy import SingleProcess
 from dsv3_ref.training.task import Data
@@ -271,10 +272,10 @@ def test_a_mesh_is_described_by_its_sizes():
     assert strategy.description == "24 ranks, fully sharded, on cpu"
 
 
-def test_the_dispatch_has_room_for_half_more_on_a_gpu_unless_it_is_told():
+def test_the_dispatch_has_room_for_a_quarter_more_on_a_gpu_unless_it_is_told():
     cuda = torch.device("cuda")
-    assert default_capacity(config_of(), cuda) == 1.5 and default_capacity(config_of(), CPU) == 0.0
-    for capacity in (0.0, 1.25):
+    assert default_capacity(config_of(), cuda) == 1.25 and default_capacity(config_of(), CPU) == 0.0
+    for capacity in (0.0, 1.5):
         assert default_capacity(config_of(dispatch_capacity=capacity), cuda) == capacity
 
 
@@ -301,10 +302,12 @@ def test_tokens_are_sent_in_fp8_where_it_is_computed_in_unless_told(
     strategy = mesh_strategy(**options)
     task = SimpleNamespace(config=config, objective="loss")
     got = strategy.build_engine(task)
-    assert got == (
-        TINY, config.recipe, strategy.mesh, config.schedule, 7, torch.bfloat16, config.zero, 3, 2,
-        is_fp8, True, "loss", precision, 1.2, 0,
+    settings = EngineSettings(
+        schedule=config.schedule, moments=torch.bfloat16, zero=config.zero, micro_batch=3,
+        precision=precision, ranks_per_node=2, fp8_dispatch=is_fp8, deepep=True,
+        dispatch_capacity=1.2, fan_out_sms=0,
     )  # fmt: skip
+    assert got == (TINY, config.recipe, strategy.mesh, settings, 7, "loss")
 
 
 @pytest.mark.parametrize("fully_shard, names", [(False, ("zero_bubble", "cpu")), (True, ("cpu",))])
@@ -316,7 +319,7 @@ def test_a_mesh_defers_weight_gradients_and_fully_sharded_ranks_do_not(fully_sha
             assert torch.is_autocast_enabled("cpu") is (precision == "bf16")
 
 
-def test_a_readout_of_all_rows_counts_each_pipeline_once():
+def test_a_readout_passes_through_the_pipeline_of_its_model():
     made = []
 
     def pipeline(name: str) -> SimpleNamespace:
@@ -327,14 +330,10 @@ def test_a_readout_of_all_rows_counts_each_pipeline_once():
         return SimpleNamespace(read_out=read_out)
 
     engine, batch = SimpleNamespace(pipeline=pipeline("own")), RowBatch(torch.zeros(3, 2))
-    for pp_rank, total in ((0, 2.0), (1, 0.0)):
-        strategy = mesh_strategy(engine, pp_rank)
-        own = strategy.read_out(None, batch, None, 2)
-        assert own.tolist() == [[1.0, 1.0]] * 3
-        everyone = strategy.read_out(None, batch, None, 2, gather=True)
-        assert everyone.tolist() == [[total, total]] * 3
+    strategy = mesh_strategy(engine)
+    assert strategy.read_out(None, batch, None, 2).tolist() == [[1.0, 1.0]] * 3
     strategy.read_out(None, batch, None, 2, frozen=pipeline("frozen"))
-    assert made == ["own"] * 4 + ["frozen"]
+    assert made == ["own", "frozen"]
 
 
 class Reader:
@@ -466,12 +465,13 @@ def test_attention_of_all_ranks_is_that_of_the_whole_sequence(n, ends, monkeypat
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
     x_bsd, g_bsd = torch.randn(2, 1 if ends is not None else 2, 13, TINY.dim)
     x_bsd.requires_grad_()
-    whole = SequencePart(None, 13, ends)
+    bounds = [] if ends is None else ends.tolist()
+    whole = SequencePart(None, 13, ends, bounds)
     y_bsd = attention(x_bsd, whole.rope(TINY, CPU))
     y_bsd.backward(g_bsd)
     want = {name: p.grad.clone() for name, p in attention.named_parameters()}
     attention.zero_grad()
-    ranks, parts = sequence_parts(n, monkeypatch, 13, ends)
+    ranks, parts = sequence_parts(n, monkeypatch, 13, ends, bounds)
 
     def attend():
         part = parts[ranks.get_rank()]
@@ -492,19 +492,18 @@ def test_attention_of_all_ranks_is_that_of_the_whole_sequence(n, ends, monkeypat
         torch.testing.assert_close(p.grad, want[name], atol=1e-4, rtol=1e-4)
 
 
-def test_targets_are_divided_like_the_tokens_before_them(monkeypatch):
+def test_places_are_divided_like_the_tokens_before_them(monkeypatch):
     place_n = torch.tensor([0, 3, 4, 12, 13, 20, 25])
-    targets, found = Targets(place_n, 10 * place_n), []
+    found = []
     _, parts = sequence_parts(3, monkeypatch, 13)
     for part in parts:
-        own = part.take_targets(targets, torch.Size((2, 13)))
-        places = part.take(torch.arange(26).view(2, 13)).flatten()[own.place_n]
-        assert torch.equal(own.y_n, 10 * places)
+        own_k, number_k = part.take_places(place_n, (2, 13))
+        places = part.take(torch.arange(26).view(2, 13)).flatten()[own_k]
+        assert torch.equal(places, place_n[number_k])
         found += places.tolist()
     assert sorted(found) == place_n.tolist()
-    everything = Targets(None, torch.arange(26))
-    assert parts[0].take_targets(everything, torch.Size((2, 13))) is everything
-    assert SequencePart(None, 13).take_targets(targets, torch.Size((2, 13))) is targets
+    alone_n, number_n = SequencePart(None, 13).take_places(place_n, (2, 13))
+    assert torch.equal(alone_n, place_n) and number_n.tolist() == list(range(len(place_n)))
 
 
 @pytest.mark.parametrize("k", [0, 1, 4, 13])
