@@ -44,7 +44,7 @@ class LiveStorages(TorchDispatchMode):
     Weights do not count, nor do products of their shape, which kernels add to gradients at once.
     """
 
-    def __init__(self, weight_shapes: set[torch.Size]):
+    def __init__(self, weight_shapes: frozenset[torch.Size] = frozenset()):
         super().__init__()
         self.weight_shapes = weight_shapes
         self.live: dict[int, tuple[StorageWeakRef, int, tuple]] = {}
