@@ -167,7 +167,9 @@ print(f"{int(agrees_s.sum())} of {len(agrees_s)} drafts are what the main model 
 
 # %% [markdown]
 # The router of every mixture layer chooses for every token by itself. Below, the affinities of the last token to the
-# 16 experts, in four groups of which two are open: filled bars are chosen. The same model runs in a web page
+# 16 experts, in four groups of which two are open: filled bars are chosen. An expert can be chosen although others
+# have a higher bar, because their groups are closed or because of the bias that balances the load
+# ([chapter 04](04_moe.ipynb)). The same model runs in a web page
 # with all of this drawn token by token, where experts can be switched off: `make play`, or
 # `dsv3 explain notebooks/models/tiny`.
 
