@@ -8,7 +8,7 @@ kernels are those of `dsv3_ref.kernels.dispatch`; the hop between nodes remains 
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,10 +26,8 @@ from dsv3_ref.parallel.token_dispatcher import (
 )
 from dsv3_ref.parallel.watchdog import track_operation
 
-if TYPE_CHECKING:
-    from dsv3_ref.kernels.dispatch import Window
-
 Shared = tuple[Tensor, Tensor]  # own bytes, and the addresses of all members' bytes, int64
+Window = Any  # of dsv3_ref.kernels.dispatch: kernels are imported by name only, where they run
 Allocate = Callable[[int, dist.ProcessGroup, torch.device], Shared]
 
 
@@ -100,7 +98,7 @@ class FanOut:
 
     # ── Transfers ──
 
-    def window_for(self, capacity: int, x: Tensor, more: Tensor) -> "Window":
+    def window_for(self, capacity: int, x: Tensor, more: Tensor) -> Window:
         """Return this rank's window; a collective call when it must become larger."""
         kernels, members = self.kernels, self.level.size
         words = kernels.row_words(x, more)
@@ -114,7 +112,7 @@ class FanOut:
             self.stream = torch.cuda.Stream(x.device) if x.is_cuda else None
         return replace(self.window, capacity=capacity)
 
-    def run(self, window: "Window", *launches: Callable[[], None]) -> Steps[None]:
+    def run(self, window: Window, *launches: Callable[[], None]) -> Steps[None]:
         """Launch the kernels of a transfer; yield while they run beside the computation."""
 
         def launch() -> None:
