@@ -766,6 +766,8 @@ def keep(x):
     return x
 def pair(a, b):
     return {a: (b, [True, None, "é"])}
+def total(xs):
+    return sum(xs)
 class Solution:
     def third(self, x):
         return x / 3
@@ -777,7 +779,7 @@ class Solution:
         FunctionCase("Solution().third", (1,), 0.33333333),
         FunctionCase("keep", (10**200,), 10**200),
         FunctionCase("keep", (2.0,), 2),
-        FunctionCase("sum", (long,), sum(long)),
+        FunctionCase("total", (long,), sum(long)),
     ]
     assert [case.passed(program) for case in right] == [True] * len(right)
     wrong = [
@@ -788,6 +790,7 @@ class Solution:
         FunctionCase("Solution().third", (1,), 0.333),
         FunctionCase("keep", (10**200,), 10**200 + 1),
         FunctionCase("absent", (1,), 1),
+        FunctionCase("sum", ([1, 2],), 3),  # not the program's own
         FunctionCase("keep", (1, 2), 1),
     ]
     assert [case.passed(program) for case in wrong] == [False] * len(wrong)
