@@ -316,10 +316,13 @@ def test_so_do_ranks_that_dispatch_with_fixed_sizes(
     check_bytes(at, gang.run(pp * ep, count_step, *args))
 
 
+BELOW = pytest.mark.xfail(
+    strict=True, reason="in bf16, with experts on several ranks, ranks hold more than is planned"
+)
 BF16 = [
     ("1f1b", 2, 1, 0, 3),
     *(
-        pytest.param(*case, marks=pytest.mark.full)
+        pytest.param(*case, marks=[pytest.mark.full, BELOW])
         for case in [("dualpipe", 2, 2, 0, 4), ("zb1p", 2, 4, 2, 3)]
     ),
 ]

@@ -14,6 +14,7 @@ from family import FAMILY, shrink
 from miniruns import WORDS, prose
 from safetensors.torch import load_file
 from support import randomize
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from dsv3_ref.checkpoints.hf_config import config_from_hf
@@ -234,7 +235,7 @@ def test_a_directory_of_the_family_keeps_every_field_and_tensor(name, tmp_path):
     save_hf(randomize(Transformer(config)).to(torch.bfloat16), source)
     (source / "config.json").write_text(json.dumps(values))
     files = {
-        "tokenizer.json": "{}",
+        "tokenizer.json": Tokenizer(models.BPE({"a": 0}, [])).to_str(),
         "tokenizer_config.json": '{"chat_template": "x"}',
         "generation_config.json": '{"temperature": 0.6}',
         "modeling_deepseek.py": "raise SystemExit(3)",

@@ -286,7 +286,7 @@ def test_prompts_are_dealt_out_in_turn_and_come_back_in_order():
 def seeds_of(seed: int, step: int, num_prompts: int) -> list[int]:
     engines = fake_engines(1, seed)
     engines.step = step
-    engines([[i] for i in range(num_prompts)], 1, 1, {2}, 1.0)
+    engines([[i] for i in range(num_prompts)], 1, 5, {2}, 1.0)
     found = {body["prompt"][0]: body["seed"] for _, body in engines.engines[0].calls}
     return [found[i] for i in range(num_prompts)]
 
@@ -321,7 +321,7 @@ def test_new_weights_begin_the_seeds_of_a_step(tmp_path):
 def test_a_completion_needs_a_log_probability_for_each_token(changes):
     good, bad = FakeEngine.choice(0, [5, 6]), FakeEngine.choice(1, [5, 6]) | changes
     engine = FakeEngine("here", answer=lambda body: {"choices": [good]})
-    assert engine.sample([1], {}) == [([5, 6], [-5.0, -6.0])]
+    assert engine.sample([1], {"n": 1, "max_tokens": 2}) == [([5, 6], [-5.0, -6.0])]
     engine.answer = lambda body: {"choices": [good, bad]}
     with pytest.raises(UserError, match="--rollout here did not return a token id and a log-prob"):
-        engine.sample([1], {})
+        engine.sample([1], {"n": 2, "max_tokens": 2})
