@@ -212,7 +212,9 @@ def apply_options(default: Any, values: Mapping[str, Any], source: str) -> Any:
             changes[name] = convert(value, hints[name], f"{source}: {name}")
         elif isinstance(value, dict):
             inner = normalize(value, source)
-            changes[name] = apply_options(getattr(default, name), inner, f"{source}: {name}")
+            # options of the recipe stand at the top of a file, as on the command line
+            place = source if name == "recipe" else f"{source}: {name}"
+            changes[name] = apply_options(getattr(default, name), inner, place)
         else:
             raise UserError(f"{source}: {name} must be a mapping of options, not {value!r}")
     is_tuple = hasattr(default, "_replace")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from support import randomize
+from tokenizers import Tokenizer, models
 
 from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load, load_checkpoint_config
@@ -49,6 +50,7 @@ def hub(micro, tmp_path, monkeypatch):
     for name in OTHER_FILES:
         (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "files" / name).write_text("{}")
+    (tmp_path / "files/tokenizer.json").write_text(Tokenizer(models.BPE({"a": 0}, [])).to_str())
     stand_in = Hub(tmp_path / "files", tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in.snapshot_download)
     monkeypatch.setattr("dsv3_ref.checkpoints.hub.hub_answers", lambda: True)
