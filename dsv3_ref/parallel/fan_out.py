@@ -27,7 +27,7 @@ from dsv3_ref.parallel.token_dispatcher import (
 from dsv3_ref.parallel.watchdog import track_operation
 
 Shared = tuple[Tensor, Tensor]  # own bytes, and the addresses of all members' bytes, int64
-Window = Any  # of dsv3_ref.kernels.dispatch: kernels are imported by name only, where they run
+NodeWindow = Any  # of dsv3_ref.kernels.dispatch: kernels are imported by name only, where they run
 Allocate = Callable[[int, dist.ProcessGroup, torch.device], Shared]
 
 
@@ -77,7 +77,7 @@ class FanOut:
         self.level, self.num_sms = level, num_sms
         self.fp8 = fp8
         self.allocate, self.kernels = allocate, import_module("dsv3_ref.kernels.dispatch")
-        self.window: Window | None = None
+        self.window: NodeWindow | None = None
         self.stream: torch.cuda.Stream | None = None
 
     def apply(
@@ -98,7 +98,7 @@ class FanOut:
 
     # ── Transfers ──
 
-    def window_for(self, capacity: int, x: Tensor, more: Tensor) -> Window:
+    def window_for(self, capacity: int, x: Tensor, more: Tensor) -> NodeWindow:
         """Return this rank's window; a collective call when it must become larger."""
         kernels, members = self.kernels, self.level.size
         words = kernels.row_words(x, more)
@@ -112,7 +112,7 @@ class FanOut:
             self.stream = torch.cuda.Stream(x.device) if x.is_cuda else None
         return replace(self.window, capacity=capacity)
 
-    def run(self, window: Window, *launches: Callable[[], None]) -> Steps[None]:
+    def run(self, window: NodeWindow, *launches: Callable[[], None]) -> Steps[None]:
         """Launch the kernels of a transfer; yield while they run beside the computation."""
 
         def launch() -> None:

@@ -477,7 +477,7 @@ def test_broken_directories(theirs, how):
 def test_broken_directories_of_ours(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "whole")
     edit_config(ours, dimm=3)
-    with pytest.raises(UserError, match="config.json: unknown config field 'dimm'.*did you mean dim"):
+    with pytest.raises(UserError, match="unknown config field 'dimm'.*did you mean dim"):
         load(ours, verify=False)
     with pytest.raises(DamageError, match="config.json is damaged"):
         load(ours)

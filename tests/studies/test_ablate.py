@@ -61,7 +61,7 @@ def command(home, name: str, *more) -> list[str]:
         (["nothing"], "invalid choice 'nothing'"),
         (["fim", "--seeds", "0"], "--seeds and --steps must be at least 1"),
         (["fim", "--steps", "0"], "--seeds and --steps must be at least 1"),
-        (["fim", "--config", "tinny"], "no config 'tinny': sizes are tiny"),
+        (["fim", "--config", "tinny"], "no config 'tinny' (did you mean tiny?): sizes are tiny"),
         (["fim", "--data", "missing.txt"], "no data at 'missing.txt'"),
         (["fim", "--rate", "1"], "Unrecognized options: --rate"),
     ],
