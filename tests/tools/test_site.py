@@ -93,7 +93,7 @@ def book():
 
 
 def text(site, name: str) -> str:
-    return (site / name).read_text()
+    return (site / name).read_text(encoding="utf-8")
 
 
 # ── The whole site ──
@@ -115,18 +115,18 @@ def test_scripts_of_a_page_are_allowed_by_hash(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{head}</head><form action='x'></form></html>")
     website.add_policies(tmp_path)
-    html = (tmp_path / "b/c.html").read_text()
+    html = (tmp_path / "b/c.html").read_text(encoding="utf-8")
     assert policy.find_script_faults(html) == []
     changed = html.replace("<form", "<script>run()</script><form")
     assert policy.find_script_faults(changed) == ["script not allowed: run()"]
-    assert "Content-Security" not in (tmp_path / "_static/d.html").read_text()
+    assert "Content-Security" not in (tmp_path / "_static/d.html").read_text(encoding="utf-8")
 
 
 def test_every_page_has_a_policy(built):
     root, site = built
     pages = [p for p in site.rglob("*.html") if site / "_static" not in p.parents]
     assert len(pages) > (100 if root == ROOT else 15)
-    assert [p.name for p in pages if policy.find_script_faults(p.read_text())] == []
+    assert [p.name for p in pages if policy.find_script_faults(p.read_text(encoding="utf-8"))] == []
 
 
 def test_the_front_page_has_the_figure_and_the_chapters_in_order(built):
@@ -212,7 +212,7 @@ def test_the_report_page_names_real_lines(built):
     assert len(links) > (100 if root == ROOT else 0)
     for file, line, name, _, shown_line in links:
         assert line == shown_line
-        source = (root / f"{file}.py").read_text().splitlines()[int(line) - 1]
+        source = (root / f"{file}.py").read_text(encoding="utf-8").splitlines()[int(line) - 1]
         last = re.escape(name.split(".")[-1])
         defined = rf"\s*(def|class) {last}\b|{last}( =|:)" if int(line) > 1 else r'"""'
         assert re.match(defined, source), (file, line, name, source)
@@ -229,7 +229,9 @@ def test_an_equation_is_found_from_the_report(built):
     row = next(r for r in rows if equation in r)
     assert f"notebooks/{place}" in row
     line = re.search(rf"{module}\.html#L(\d+)", row)[1]
-    assert function in (root / f"{module}.py").read_text().splitlines()[int(line) - 1]
+    assert (
+        function in (root / f"{module}.py").read_text(encoding="utf-8").splitlines()[int(line) - 1]
+    )
 
 
 def test_a_registered_kernel_stands_beside_its_op(book):
@@ -241,7 +243,7 @@ def test_a_registered_kernel_stands_beside_its_op(book):
 
 
 def test_the_glossary_gives_each_term_in_two_languages_and_a_place():
-    lines = (ROOT / "notebooks/glossary.md").read_text()
+    lines = (ROOT / "notebooks/glossary.md").read_text(encoding="utf-8")
     rows = appendices.rows(lines, "term")
     assert len(rows) >= 50
     for row in rows:
