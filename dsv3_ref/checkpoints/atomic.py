@@ -193,11 +193,16 @@ def clear_path(path: Path) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a temporary file, then rename it, so that readers never see part of it."""
+def replace_text(path: Path, text: str) -> None:
+    """Write a text to a temporary file, then rename it, so that readers never see part of it."""
     part = clear_path(path.with_suffix(".part"))
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, of which readers never see part."""
+    replace_text(path, json.dumps(value, indent=1))
 
 
 def check_regular(path: Path) -> None:

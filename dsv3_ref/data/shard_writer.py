@@ -95,7 +95,7 @@ class Shard:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically."""
-    part = path.with_name(path.name + ".part")
+    part = clear_path(path.with_name(path.name + ".part"))
     part.write_bytes(content)
     fsync_path(part)
     part.replace(path)

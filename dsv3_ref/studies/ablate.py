@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from dsv3_ref.checkpoints.atomic import read_json
+from dsv3_ref.checkpoints.atomic import read_json, replace_text
 from dsv3_ref.config import TINY, Config, UserError, count_params, load_config
 from dsv3_ref.data import tokenizer as tok
 from dsv3_ref.data.loader import PackedDataLoader, val_windows
@@ -470,12 +470,8 @@ def write_compact(path: Path, result: dict) -> None:
     runs = [json.dumps(r, ensure_ascii=False) for r in result["runs"]]
     head = json.dumps(result | {"runs": []}, ensure_ascii=False, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(
-        head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n",
-        encoding="utf-8",
-    )
-    part.replace(path)
+    text = head.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n]") + "\n"
+    replace_text(path, text)
 
 
 def print_run(run: dict) -> None:

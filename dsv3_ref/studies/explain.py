@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from tokenizers import Tokenizer
 
+from dsv3_ref.checkpoints.atomic import replace_text
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load
 from dsv3_ref.config import UserError
 from dsv3_ref.data.tokenizer import (
@@ -46,9 +47,7 @@ def run_explain(args: ExplainConfig) -> None:
     check_splits(tokenizer)
     ids = tokenizer.get_vocab()
     html = explainer(model, tokenizer, ids[BOS], ids[EOS], args.prompts)
-    part = args.out.with_name(f"{args.out.name}.part")
-    part.write_text(html, encoding="utf-8")
-    part.replace(args.out)
+    replace_text(args.out, html)
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 

@@ -48,7 +48,7 @@ PANELS: dict[str, tuple[str, Callable[[list[dict], int], Figure]]] = {
 # ── Finding a run ──
 
 
-def home_dir() -> Path:
+def repository_dir() -> Path:
     """Return the nearest folder above the current one that has notebooks: where runs/ is."""
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "notebooks").is_dir()), here)
@@ -61,10 +61,10 @@ def find_run(source: Path | str) -> Path | str:
     """
     if str(source).startswith(("http://", "https://")):
         return source
-    places = [Path(source), home_dir() / source]
+    places = [Path(source), repository_dir() / source]
     run = next((place for place in places if place.exists()), None)
     if run is None:
-        runs = sorted(p.parent.as_posix() for p in home_dir().glob("runs/*/metrics.jsonl"))
+        runs = sorted(p.parent.as_posix() for p in repository_dir().glob("runs/*/metrics.jsonl"))
         known = f"runs here: {', '.join(runs)}" if runs else "there are no runs here yet"
         raise UserError(f"{source} does not exist; {known}; `dsv3 train --out {source}` starts one")
     return run
@@ -370,7 +370,7 @@ def launch_run(
         return None
     from IPython.display import display
 
-    control = RunControls(RunProcess(words, home_dir() / folder))
+    control = RunControls(RunProcess(words, repository_dir() / folder))
     display(control.box)
     return control
 
@@ -378,7 +378,8 @@ def launch_run(
 def watch(source: Path | str) -> Dashboard | None:
     """Follow a run, given as folder, file or URL of its metrics; a script draws its curves once.
 
-    A path is one from here or from the repository. Raise a `UserError` if there is no such run.
+    A relative path is looked up in the current directory, then in the repository. Raise a
+    `UserError` if there is no such run.
     """
     source = find_run(source)
     if not in_notebook():
