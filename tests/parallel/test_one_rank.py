@@ -69,7 +69,7 @@ def test_a_step_is_that_of_a_plain_model(schedule, zero, is_packed):
 
 @pytest.mark.parametrize("schedule", ["gpipe", "dualpipev"])
 def test_a_readout_is_that_of_a_plain_model(schedule):
-    """Of rows in micro-batches, of which some are empty in DualPipeV."""
+    """Rows are read out in micro-batches, some of which are empty in DualPipeV."""
     pipeline = build(schedule, micro_batch=2).pipeline
     torch.manual_seed(2)
     plain, rows_bs = Transformer(MICRO).eval(), torch.randint(64, (3, 9))
@@ -180,7 +180,7 @@ def test_an_optimizer_has_the_planned_bytes_and_yields_every_state_once(zero, pr
 
 
 def test_only_matrices_decay():
-    """Of weights that get no gradient, matrices shrink by lr times the decay, vectors stay."""
+    """Without gradients, matrices shrink by lr times the decay, and vectors stay."""
     engine = build()
     before = {name: p.clone() for name, p in engine.model.named_parameters()}
     engine.optimizer.zero_grad()
@@ -286,7 +286,7 @@ def test_experts_behind_an_all_to_all_are_the_experts(factor):
 
 
 def test_choices_beyond_the_sizes_are_counted():
-    """Of seven tokens, four fit into the message; all are of the same two experts."""
+    """All seven tokens choose the same two experts, and four fit into the message."""
     fixed = FixedSizes(0.5, 16, 4, num_tokens=8)
     dispatcher, _ = one_level(fixed=fixed)
     assert fixed.rows_per_level(dispatcher.levels) == [4, 16]

@@ -217,7 +217,7 @@ def said(tokens, logps, index=0) -> dict:
     ],
 )  # fmt: skip
 def test_what_no_engine_can_have_sampled_is_refused(choices, sentence):
-    """Of a missing completion, training gave all later ones to the wrong prompts."""
+    """If a completion was missing, all later ones were attributed to the wrong prompts."""
     with (
         recorded({"data": [{"id": "m"}]}, {"choices": choices}) as (address, _),
         pytest.raises(UserError, match=f"--rollout {address}.*{sentence}"),

@@ -77,7 +77,7 @@ def test_calls_follow_thoughts_and_are_not_found_in_them():
 @pytest.mark.parametrize("marks", MARKS)
 @pytest.mark.parametrize("opening", ["<think>\n", ""])
 def test_calls_in_thoughts_that_stay_text_are_text(marks, opening):
-    """Where a client does not separate thoughts, a call that the model thinks of is none."""
+    """If thoughts are returned as text, a tool call that the model mentions in them is text too."""
     call = f"{marks.begin}{marks.call}f{marks.separator}{{}}{marks.end_of_call}{marks.end}"
     thoughts = f"I could {call}</think>"
     parser = AnswerParser(marks, thoughts=ThoughtPassage(opening))
