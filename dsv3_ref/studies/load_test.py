@@ -80,6 +80,7 @@ def start_server(model: Path, *options: str) -> Iterator[Address]:
 async def run_client(address: Address, prompt: str, max_tokens: int) -> list[Chunk]:
     """Stream a completion and return its chunks; [] if the stream ended before `[DONE]`."""
     request = {"prompt": prompt, "max_tokens": max_tokens, "stream": True, "logprobs": 0}
+    request["ignore_eos"] = True  # all completions have the same length
     body = json.dumps(request).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {address[0]}\r\n"
     head += "Content-Type: application/json\r\n"
@@ -102,7 +103,7 @@ async def run_client(address: Address, prompt: str, max_tokens: int) -> list[Chu
 
 
 async def run_clients(address: Address, clients: int, args: LoadTestConfig) -> dict:
-    """Run clients concurrently and measure them; latencies are quartiles in seconds."""
+    """Run clients concurrently and measure them; latencies are quartiles in seconds or None."""
     rng = random.Random()  # other prompts in every round: the prefix cache has none of them
     prompts = [" ".join(rng.choices(WORDS, k=args.prompt_words)) for _ in range(clients)]
     start = time.perf_counter()
@@ -133,8 +134,10 @@ def inter_token_latencies(streams: list[list[Chunk]]) -> list[float]:
     return latencies
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """Return the three quartiles, rounded; a single value is all three of them."""
+def quartiles(values: list[float]) -> list[float] | None:
+    """Return the three quartiles, rounded; a single value is all three of them, no value None."""
+    if not values:
+        return None  # every stream came in one chunk: no time between tokens was seen
     return [round(quartile, 4) for quartile in statistics.quantiles(values + values, n=4)]
 
 

@@ -18,7 +18,16 @@ import miniruns
 import pytest
 import torch
 import torch.distributed as dist
-from miniruns import Command, flip_bit, launch, metrics, options, timeless
+from miniruns import (
+    Command,
+    flip_bit,
+    launch,
+    metrics,
+    options,
+    run_command,
+    start_ranks,
+    timeless,
+)
 
 from dsv3_ref.checkpoints.huggingface import save_hf
 from dsv3_ref.checkpoints.layout import SHARD_TABLE
@@ -29,6 +38,7 @@ from dsv3_ref.parallel import mesh_parallel
 from dsv3_ref.parallel.mesh import init_distributed
 from dsv3_ref.parallel.mesh_parallel import MeshParallel
 from dsv3_ref.parallel.watchdog import HEARTBEAT_S, collective_timeout
+from dsv3_ref.training import loop
 from dsv3_ref.training.task import continue_texts
 
 DEEP = miniruns.MINI | {"n_layers": 4}
@@ -118,15 +128,23 @@ def test_four_ranks_train_what_one_trains(one, home):
     assert torch.equal(load(home / "export").head.weight, ours.head.weight)
 
 
+def signal_rank_1_in_step_5() -> None:
+    """Send rank 1 a scheduler's signal while it trains on its fifth batch."""
+    real, steps = loop.train_batch, count(1)
+
+    def train_batch(*args):
+        if os.environ["RANK"] == "1" and next(steps) == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*args)
+
+    pytest.MonkeyPatch().setattr(loop, "train_batch", train_batch)
+
+
 def test_a_run_resumes_bit_for_bit_after_a_signal_to_any_rank(two, home):
     run = home / "stopped"
-    processes = start(home, run, 2, "--ep", "2")
-    while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 4:
-        time.sleep(0.05)
-        assert all(p.poll() is None for p in processes)
-    processes[1].send_signal(signal.SIGUSR1)
-    wait_for_exit(processes, 75)
-    assert 4 <= len(metrics(run)) < 15 and len(list_checkpoints(run))
+    argv = options(home, run, *miniruns.override(PLAN, ["--ep", "2"]))
+    wait_for_exit(start_ranks(2, {}, run_command, home, argv, signal_rank_1_in_step_5), 75)
+    assert len(metrics(run)) == 5 and len(list_checkpoints(run))
     wait_for_exit(start(home, run, 2, "--ep", "2", "--resume"))
     assert list(map(timeless, metrics(run))) == list(map(timeless, metrics(two)))
 
@@ -332,7 +350,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(home, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
     command += ["--nproc-per-node=2", "-m", "dsv3_ref"]
-    command += options(home, run, *"--steps 10 --save-every 2 --ep 2 --device cpu".split())
+    command += options(home, run, *"--steps 40 --save-every 2 --ep 2 --device cpu".split())
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=log, stderr=log)
@@ -344,4 +362,4 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(home, tmp_path):
             assert launcher.wait(timeout=200) == 0, (tmp_path / "log").read_text()
         finally:
             launcher.kill()
-    assert [row["step"] for row in metrics(run)] == list(range(1, 11))
+    assert [row["step"] for row in metrics(run)] == list(range(1, 41))

@@ -87,7 +87,7 @@ def lab_command(folder: Path, *args: str) -> list[str]:
     settings = f"CURDIR={folder}", f"BIN={Path(sys.executable).parent}", f"ARGS={shlex.join(args)}"
     makefile = NOTEBOOKS.parent / "Makefile"
     printed = subprocess.run(
-        ["make", "-n", "-f", makefile, "lab", *settings],
+        ["make", "-n", "--no-print-directory", "-f", makefile, "lab", *settings],
         cwd=folder, capture_output=True, text=True, check=True,
     ).stdout.replace("\\\n", " ")  # fmt: skip
     return shlex.split(printed[re.search(r"^.*/jupyter lab ", printed, re.M).start() :])
