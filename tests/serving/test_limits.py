@@ -692,7 +692,7 @@ def test_a_failed_engine_is_told_and_ends_the_process(folder):
         assert answer.status_code == 503
         health = httpx.get(f"{base}/health")
         assert health.status_code == 503 and health.json() == {"status": "failed"}
-        assert process.wait(10) == 1
+        assert process.wait(30) == 1
         assert "ZeroDivisionError" in process.log.read()
 
 
@@ -727,13 +727,13 @@ HALVES = {
 @pytest.mark.parametrize(
     "name, grace, most, codes",
     [
-        ("half a head", "60", 3, (143,)), ("half a body", "0", 2, (0, 143)),
+        ("half a body", "60", 3, (143,)), ("half a body", "0", 2, (0, 143)),
         pytest.param("half a head", "0", 2, (0, 143), marks=pytest.mark.full),
-        pytest.param("half a body", "60", 3, (143,), marks=pytest.mark.full),
+        pytest.param("half a head", "60", 3, (0, 143), marks=pytest.mark.full),
     ],
 )  # fmt: skip
 def test_two_signals_end_it_although_a_request_is_half_sent(folder, name, grace, most, codes):
-    """With --grace 0 already the first one does, whichever arrives when."""
+    """With --grace 0, or if no head is complete, the first one may already have done so."""
     with command(folder, "--grace", grace) as (base, process):
         port = int(base.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)) as connection:
