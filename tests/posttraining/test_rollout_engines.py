@@ -1,10 +1,13 @@
 """Rollouts by engines over HTTP: `dsv3 serve` as a real server, and what vLLM is asked for."""
 
+import io
 import json
 import threading
 from contextlib import contextmanager
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.error import HTTPError
 
 import httpx
 import miniruns
@@ -236,6 +239,17 @@ def test_a_server_without_models_is_refused():
 def test_an_engine_that_is_not_there_is_named():
     with pytest.raises(UserError, match=r"--rollout http://127.0.0.1:9/v1/models failed"):
         RolloutEngines(["http://127.0.0.1:9"]).refresh(Path("."), 1)
+
+
+def test_a_long_page_of_an_error_is_cut(monkeypatch):
+    """A proxy answers with a whole page of HTML."""
+
+    def refuse(request, **_):
+        raise HTTPError(request.full_url, 502, "Bad Gateway", Message(), io.BytesIO(b"p" * 1000))
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(UserError, match=r"/v1/models answered 502 \(p{300}\): see"):
+        RolloutEngine("http://engine")
 
 
 # ── Without a server ──

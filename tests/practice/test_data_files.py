@@ -314,6 +314,12 @@ def test_the_first_of_many_broken_rows_are_reported_and_all_are_counted(tmp_path
             id="broken list",
         ),
         pytest.param(
+            "a.json",
+            b'[{"text": "a"}]\n{"text": "b"}\n',
+            "has text after its list",
+            id="after list",
+        ),
+        pytest.param(
             "a.csv", b'text\na\n"b\nc\n', "a.csv, line 3: a quote is opened", id="open quote"
         ),
         pytest.param("a.csv", b"text,text\na,b\n", "has two columns 'text'", id="two columns"),
@@ -345,6 +351,17 @@ def test_rows_of_a_list_in_one_line_are_named_by_number(tmp_path):
         assert len(list(open_source(str(path), streaming=True, warn=warnings.append))) == 2
         named = [x.split(" is left out")[0] for x in warnings if " is left out" in x]
         assert named == [f"{path}, {place}" for place in places]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_rows_of_a_table_are_named_by_number(suffix, tmp_path):
+    def refuse(row):
+        raise UserError("not this one")
+
+    name = write(tmp_path / f"a{suffix}", WRITERS[suffix](ROWS))
+    rows, told = reported(name, refuse)
+    assert told[:-1] == [f"{name}, row {n} is left out: not this one" for n in (1, 2, 3)]
+    assert not rows and told[-1] == f"{name}: 0 rows, 3 rows left out"
 
 
 def test_another_column(tmp_path):

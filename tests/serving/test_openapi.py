@@ -5,6 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from test_serve import folder, served
 
+from dsv3_ref.serving.openapi import describe_api
+from dsv3_ref.serving.protocol import RELOAD, FieldLimits, endpoint_fields
+
 schemathesis = pytest.importorskip("schemathesis")
 from schemathesis.specs.openapi.checks import (  # noqa: E402  after the skip
     positive_data_acceptance,
@@ -16,6 +19,45 @@ OPERATIONS = [
     ("/v1/models/{name}", "GET"), ("/health", "GET"), ("/metrics", "GET"), ("/tokenize", "POST"),
     ("/detokenize", "POST"),
 ]  # fmt: skip
+
+
+# ── Without a server ──
+
+READ = {"GET": {401, 403}, "POST": {400, 401, 403, 404, 413, 415, 429, 500, 503}}
+MORE = {"/v1/models/{name}": {404}, "/health": {503}}  # errors that reading alone does not have
+
+
+def test_every_operation_has_its_errors():
+    fields = endpoint_fields(FieldLimits(256, 16, 400)) | {RELOAD: {}}
+    paths = describe_api(fields, 1 << 20)["paths"]
+    described = []
+    for path in paths:
+        described += [(path, method.upper()) for method in paths[path] if method != "parameters"]
+    assert sorted(described) == sorted([*OPERATIONS, (RELOAD, "POST")])
+    for path, method in OPERATIONS:
+        responses = paths[path][method.lower()]["responses"]
+        assert {int(status) for status in responses} == {200} | READ[method] | MORE.get(path, set())
+        for status in responses.keys() - {"200"}:
+            (content,) = responses[status]["content"].values()
+            is_status = (path, status) == ("/health", "503")  # it answers as if it were ready
+            assert content["schema"]["required"] == ["status" if is_status else "error"]
+
+
+def test_what_a_request_must_have_is_required():
+    paths = describe_api(endpoint_fields(FieldLimits(256, 16, 400)), 1 << 20)["paths"]
+    assert RELOAD not in paths
+    for path, method in OPERATIONS:
+        if method == "POST":
+            body = paths[path]["post"]["requestBody"]
+            schema = body["content"]["application/json"]["schema"]
+            must = {"/v1/chat/completions": ["messages"], "/detokenize": ["tokens"]}.get(path)
+            assert body["required"] is True and schema.get("required") == must
+            assert schema["additionalProperties"] is False
+    (name,) = paths["/v1/models/{name}"]["parameters"]
+    assert (name["in"], name["name"], name["required"]) == ("path", "name", True)
+
+
+# ── With a server ──
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.chat_template import ChatTemplate, check_said
 from dsv3_ref.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, train_tokenizer
 from dsv3_ref.model import Transformer
+from dsv3_ref.serve import StepOutput
 from dsv3_ref.serving.config import ServeConfig
 from dsv3_ref.serving.conversation import (
     arrange_turns,
@@ -352,6 +353,41 @@ def test_an_idle_engine_is_not_busy(service):
     service.engine.incoming_transfers.append((row, None))
     assert thread.busy()
     service.engine.incoming_transfers.clear()
+
+
+def test_who_aborts_wakes_the_engine(service):
+    thread = EngineThread(service.engine, service.tokenizer)
+    rows = served(service, prompt=[[5], [6]])
+    assert not any(row.aborted for row in rows)
+    thread.abort(rows)
+    assert all(row.aborted for row in rows) and thread.wake.is_set()
+
+
+def test_the_ends_of_requests_are_counted_by_reason(service):
+    thread, cancelled = EngineThread(service.engine, service.tokenizer), []
+    thread.prefill_workers = [SimpleNamespace(cancel=cancelled.append)]
+    row, other = served(service, prompt=[[5], [6]])
+    other.hit_stop_text = True
+    outputs = [(row, [7], ""), (row, [7], "length"), (other, [], "abort")]
+    thread.deliver([StepOutput(request, ids, [], reason) for request, ids, reason in outputs])
+    assert thread.finish_reasons == {"length": 1, "stop": 1} and cancelled == [row, other]
+    assert [x.finish_reason for x in thread.processor.batches.get_nowait()] == [
+        "",
+        "length",
+        "abort",
+    ]
+
+
+def test_a_step_that_fails_ends_all_requests(service, monkeypatch, capsys):
+    thread = EngineThread(service.engine, service.tokenizer)
+    (row,) = served(service, prompt=[5])
+    monkeypatch.setattr(service.engine, "step", lambda: 1 / 0)
+    monkeypatch.setattr(service.engine.scheduler, "waiting", [row])
+    assert not thread.failed and not thread.stopped
+    thread.run()
+    assert thread.failed and thread.stopped and "ZeroDivisionError" in capsys.readouterr().err
+    (end,) = thread.processor.batches.get_nowait()
+    assert (end.request, end.finish_reason) == (row, "failed")
 
 
 def test_a_duration_on_a_bound_belongs_to_it():
