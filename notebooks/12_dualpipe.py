@@ -22,9 +22,23 @@
 # **bubble**. And in every layer tokens are sent to their experts and back, which takes about as long as the
 # computation ([chapter 11](11_expert_parallel.ipynb)): for about **half of the time** nothing is computed at all.
 # DualPipe addresses both with one idea: feed the line from both ends at once.
+#
+# ## Play
+# Press *Play*, and watch where GPUs wait. Then compare 1F1B, ZB1P and DualPipe, and let the all-to-alls take as long
+# as the computation. Under *Build it yourself* you turn a bad schedule into a published one: can you do it before
+# you have read how?
 
 # %%
-from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz.component import embed
+from dsv3_ref.viz.schedule import schedule_page
+
+embed(schedule_page(), "a pipeline, step by step", height=1150)
+
+# %% [markdown]
+# DualPipe overlaps two micro-batches that go in opposite directions: while one communicates, the other computes.
+
+# %%
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, show
 
 fig, ax = figure(1, 1, 8, 1.9)
 ALONE = [
@@ -688,33 +702,6 @@ show(fig)
 # %% [markdown]
 # Until $2x$ exceeds the computation of a pair (at $x = 1.5$), DualPipe pays for communication only at the beginning and
 # at the end of a training step, where actions are not paired. The other schedules pay in full.
-
-# %% [markdown]
-# ## Play
-# Choose a schedule. Where is it idle, and how does communication lengthen unpaired actions? Drag `until` (percent of
-# the total time) to step through it: steps that have not started are pale.
-
-
-# %%
-def look(name="dualpipe", pp=8, m=20, x=0.0, until=100):
-    """Draw the timeline of a schedule, with its efficiency in the title."""
-    m = min_microbatches(name, pp, m)
-    spans = simulate(schedule(name, pp, m), ActionCosts(comm=x))
-    end, work = max(s.end for s in spans), m * 3 * (2 if name == "dualpipev" else 1)
-    late = range(m // 2, m) if name == "dualpipe" else ()
-    show(
-        draw(
-            spans,
-            f"{name}: {end:g} units, {work} of them computation ({work / end:.0%})",
-            late,
-            until=end * until / 100,
-        )
-    )
-
-
-look()
-play(look, name=list(SCHEDULES)[::-1], pp=(2, 16, 2), m=(4, 40, 2), x=(0.0, 2.0, 0.25),
-     until=(0, 100, 1))  # fmt: skip
 
 # %% [markdown]
 # ## Exercises

@@ -22,6 +22,7 @@ class Content(HTMLParser):
         self.handlers: list[str] = []
         self.loads: list[tuple[str, str]] = []  # (tag, address)
         self.dangerous: list[str] = []
+        self.frames: list[str] = []  # documents inside the page, which inherit its policy
         self.open = ""
         self.feed(html)
         self.close()
@@ -38,6 +39,7 @@ class Content(HTMLParser):
             self.inline[tag].append("")
             self.open = tag
         self.dangerous += [tag] if tag in DANGEROUS else []
+        self.frames += [values["srcdoc"]] if "srcdoc" in values else []
         self.style_attributes += [values["style"]] if "style" in values else []
         self.handlers += [name for name in values if name.startswith("on")]
         is_fetched = tag in ("link", "image", "use")
@@ -94,5 +96,13 @@ def find_faults(html: str) -> list[str]:
             bad.append(f"style attribute not allowed: {style[:60]}")
     bad += [f"event handler {x}" for x in content.handlers]
     bad += [f"loads {x}" for _, x in content.loads if re.match(r"\s*(?:[a-z]+:)?//", x, re.I)]
+    scripts = rules.get("script-src", [])
+    for frame in map(Content, content.frames):
+        texts = frame.inline["script"]
+        bad += [
+            f"script in a frame not allowed: {x[:60]}" for x in texts if digest(x) not in scripts
+        ]
+    for document in content.frames:
+        bad += find_faults(document)
     missing = {"base-uri", "form-action"} - set(rules)
     return bad + [f"{name} is not limited" for name in sorted(missing)]

@@ -82,7 +82,8 @@ def bad_code(cells: list[NotebookNode]) -> list[str]:
     bad: list[str] = []
     bad += ["plt.show() blocks a script: use show(fig)"] if "plt.show(" in text else []
     bad += [] if "show(" in text else ["no figure: show(fig) is never called"]
-    bad += [] if re.search(r"^play\(", text, re.MULTILINE) else ["no widget: play(…) is missing"]
+    widget = re.search(r"^(play|embed)\(", text, re.MULTILINE)
+    bad += [] if widget else ["no widget: play(…) or embed(…) is missing"]
     return bad
 
 

@@ -384,6 +384,7 @@ SITE_POLICY = (
     "img-src 'self' data:; font-src 'self'; connect-src 'self'; frame-src 'self'; "
     "base-uri 'none'; form-action 'self'"
 )  # MathJax and Font Awesome write stylesheets while the page is read
+FRAME = re.compile(r'<iframe\b[^>]*\bsrcdoc="([^"]*)"')
 INLINE_SCRIPT = re.compile(r"<script\b(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 
 
@@ -396,7 +397,9 @@ def add_policies(site: Path) -> None:
         if site / "_static" in path.parents or path.name == EXPLAINER:
             continue  # templates of the theme; a page with a stricter policy of its own
         page = path.read_text(encoding="utf-8")
-        sources = {f" {hash_source(script)}" for script in INLINE_SCRIPT.findall(page)}
+        frames = map(html.unescape, FRAME.findall(page))  # a frame inherits the page's policy
+        scripts = chain.from_iterable(map(INLINE_SCRIPT.findall, [page, *frames]))
+        sources = {f" {hash_source(script)}" for script in scripts}
         policy = SITE_POLICY.format(scripts="".join(sorted(sources)))
         meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         path.write_text(page.replace("<head>", f"<head>{meta}", 1), encoding="utf-8")

@@ -1,14 +1,12 @@
 """One HTML file with a small model inside, which runs in the browser and shows what it does.
 
 The forward pass, the tokenizer and the page are JavaScript (`components/`); weights are 8-bit
-integers with a scale per row. The page requests nothing: its content security policy allows the
-one script and the one stylesheet that it names by hash.
+integers with a scale per row.
 """
 
 import base64
 import inspect
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +24,9 @@ from dsv3_ref.model import Transformer
 from dsv3_ref.moe import Gate, MoE
 from dsv3_ref.ops import MLP
 from dsv3_ref.rope import softmax_scale, yarn_freqs
-from dsv3_ref.viz.page import hash_source, text
+from dsv3_ref.viz.component import document, embed_json
 
-COMPONENTS = Path(__file__).parent / "components"
+MAX_NUMBERS = 32_000_000
 SHIPPED_MODEL = Path(__file__).parents[2] / "notebooks/models/tiny"  # in a checkout
 SOURCES: dict[str, list[Callable[..., Any]]] = {  # box of the page → the code that it shows
     "embedding": [Transformer.hidden_states],
@@ -116,17 +114,6 @@ def read_sources() -> dict[str, str]:
     }
 
 
-def bundle(*names: str) -> str:
-    """Join JavaScript modules into one script: their imports and exports are of each other."""
-    code = "\n".join((COMPONENTS / name).read_text(encoding="utf-8") for name in names)
-    return re.sub(r"^export ", "", re.sub(r"^import .*\n", "", code, flags=re.M), flags=re.M)
-
-
-def embed_json(value: Any) -> str:
-    """Return JSON that cannot end the script element around it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
 # ── The page ──
 
 
@@ -152,27 +139,9 @@ def explainer(
         "prompts": list(prompts),
         "parameters": numbers,
     }
-    return assemble("Follow one token through DeepSeek-V3", data, weights)
-
-
-MAX_NUMBERS = 32_000_000
-
-
-def assemble(title: str, data: dict[str, Any], weights: bytes) -> str:
-    """Return the HTML document around the data."""
-    css = (COMPONENTS / "explainer.css").read_text(encoding="utf-8")
-    script = bundle("model.js", "tokenizer.js", "explainer.js")
-    body = (COMPONENTS / "explainer.html").read_text(encoding="utf-8")
-    policy = (
-        f"default-src 'none'; script-src {hash_source(script)}; style-src {hash_source(css)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{css}</style></head>\n<body>{body}"
-        f'<script type="application/json" id="model">{embed_json(data)}</script>\n'
-        f'<script type="text/plain" id="weights">{base64.b64encode(weights).decode()}</script>\n'
-        f'<script type="module">{script}</script></body></html>\n'
+    return document(
+        "Follow one token through DeepSeek-V3",
+        "explainer",
+        ("dom.js", "model.js", "tokenizer.js", "explainer.js"),
+        {"model": embed_json(data), "weights": base64.b64encode(weights).decode()},
     )

@@ -1,4 +1,4 @@
-"""The timeline of a pipeline schedule: time to the right, a row per rank."""
+"""The timeline of a pipeline schedule: time to the right, a row per rank; a figure and a page."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from dsv3_ref.dualpipe import Span
+from dsv3_ref.viz.component import document
 from dsv3_ref.viz.style import GREEN, ORANGE, figure
 
 ACTION_COLORS = {"F": "#56A0D8", "B": GREEN, "I": "#CC79A7", "W": ORANGE}
@@ -48,3 +49,9 @@ def draw(
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
     return fig
+
+
+def schedule_page() -> str:
+    """Return a page that plays every schedule and lets its reader change one, as HTML."""
+    modules = "dom.js", "schedule.js", "pipeline.js"
+    return document("A pipeline, step by step", "pipeline", modules)

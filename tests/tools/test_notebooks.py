@@ -285,7 +285,7 @@ def test_a_valid_chapter_has_no_complaint(small):
         ("# %%\n#| export\ndef half", "# %%\n\n# %%\n#| export\ndef half", "exported cell 5"),
         ("draw(3)", "plt.show()", "plt.show() blocks"),
         ("    show(fig)", "    fig.canvas.draw()", "show(fig) is never called"),
-        ("\nplay(draw", "\nprint(draw", "play(…) is missing"),
+        ("\nplay(draw", "\nprint(draw", "play(…) or embed(…) is missing"),
         ("\ncheck_two(my_two)", "", "2 exercises"),
         ("def my_two():\n#", "def my_too():\n#", "no answer defines my_two"),
     ],

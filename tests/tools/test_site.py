@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from html import escape
 from itertools import chain
 
 import appendices
@@ -13,6 +14,8 @@ import policy
 import pytest
 import website
 from test_browser import CHROMIUM, browser, page  # noqa: F401  fixtures
+
+from dsv3_ref.viz import component
 
 ROOT = website.ROOT
 CHAPTERS = sorted(ROOT.glob("notebooks/[0-9]*.ipynb"))
@@ -107,6 +110,22 @@ def test_every_page_is_there_and_nothing_is_fetched(built):
     for name in pages:
         assert (site / f"{name}.html").exists()
     assert website.find_problems(site) == []
+
+
+def test_scripts_of_a_frame_are_allowed_by_hash(tmp_path):
+    """A document inside a page inherits the page's policy beside its own."""
+    frame = component.document("small", "pipeline", ("dom.js", "schedule.js", "pipeline.js"))
+    (tmp_path / "a.html").write_text(
+        f'<html><head></head><iframe srcdoc="{escape(frame)}"></iframe></html>'
+    )
+    website.add_policies(tmp_path)
+    html = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert policy.find_script_faults(html) == []
+    changed = html.replace("const NAMES", "const OTHERS")
+    faults = policy.find_script_faults(changed)
+    assert [x.partition(":")[0] for x in faults] == [
+        "script in a frame not allowed", "script not allowed",
+    ]  # fmt: skip
 
 
 def test_scripts_of_a_page_are_allowed_by_hash(tmp_path):

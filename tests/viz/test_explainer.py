@@ -2,13 +2,13 @@
 
 import json
 import re
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pages import IN_CHROMIUM, opener
 
 from dsv3_ref import save_hf
 from dsv3_ref.config import TINY, UserError
@@ -19,8 +19,6 @@ from dsv3_ref.studies.explain import ExplainConfig, check_splits, run_explain
 from dsv3_ref.viz import explainer as page_module
 from dsv3_ref.viz.explainer import explainer, quantize_to_int8, round_weights
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --disable-background-networking".split()
 VOCAB = 320
 SMALL = replace(
     TINY, vocab_size=VOCAB, dim=24, inter_dim=40, moe_inter_dim=8, n_layers=3, n_heads=3,
@@ -50,7 +48,7 @@ TEXTS = [
     "\ufeffbyte order mark",
 ]
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no Chromium")]
+pytestmark = IN_CHROMIUM
 
 
 @pytest.fixture(scope="module")
@@ -60,28 +58,12 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def open_page(tmp_path_factory, tokenizer):
-    """Return a function: open the page of a model; no request may leave it, no error may occur."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    folder, problems = tmp_path_factory.mktemp("pages"), []
+    """Return a function that opens the page of a model."""
     bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-
-    def opened(model, width=1200, **options):
-        path = folder / "page.html"
-        path.write_text(
-            explainer(model, tokenizer, bos, eos, ["My fellow", "The"]), encoding="utf-8"
+    with opener(tmp_path_factory.mktemp("pages")) as opened:
+        yield lambda model, **options: opened(
+            explainer(model, tokenizer, bos, eos, ["My fellow", "The"]), **options
         )
-        page = browser.new_page(viewport={"width": width, "height": 900}, **options)
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: problems.append(str(e)))
-        page.on("request", lambda r: problems.append(r.url) if r.url != path.as_uri() else None)
-        page.goto(path.as_uri())
-        return page
-
-    with sync_api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield opened
-        browser.close()
-    assert problems == []
 
 
 def built(name: str) -> Transformer:

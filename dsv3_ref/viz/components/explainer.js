@@ -1,24 +1,12 @@
 // The page: text in, and what every part of the model does with one of its tokens.
+import { find, make } from "./dom.js";
 import { Model, distribution, randomNumbers, sample, topK, verifyDraft } from "./model.js";
 import { Tokenizer } from "./tokenizer.js";
 
-const find = (id) => document.getElementById(id);
 const data = JSON.parse(find("model").textContent);
 const PROMPTS = data.prompts;
 const MAX_GUESSES = 5;
 const FRAME_MS = 30; // tokens are written for this long before the page is drawn again
-
-/** Make an element; text is never read as HTML. */
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value === true) element.setAttribute(name, "");
-    else if (value !== false && value != null) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
 
 // ── Weights: rows of 8-bit numbers, each row with its scale ──
 
