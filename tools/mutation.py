@@ -127,7 +127,7 @@ EXTRA_TESTS = {  # of modules whose tests have another name
         "test_tasks::test_the_only_block_of_code",
     ],
     "dsv3_ref/data/discovery.py": ["test_data_files"],
-    "dsv3_ref/data/files.py": ["test_data", "test_data_files"],
+    "dsv3_ref/data/files.py": ["test_data", "test_data_files", "test_hub_data"],
     "dsv3_ref/data/formats.py": ["test_data_files"],
     "dsv3_ref/data/hub.py": ["test_hub_data"],
     "dsv3_ref/data/jinja_template.py": ["test_chat_templates"],

@@ -27,7 +27,7 @@ from miniruns import own_caches
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files, text_cache
-from dsv3_ref.data.files import open_source, valid_rows
+from dsv3_ref.data.files import content_digest, open_source, valid_rows
 from dsv3_ref.data.sources import open_sources
 from dsv3_ref.viz.rl import plot_rewards
 
@@ -375,6 +375,20 @@ def test_another_column(tmp_path):
     table = write(tmp_path / "d.csv", as_csv([{"body": "a"}] * 40, ","))
     (source,) = open_sources([f"{table}#body=2"], 0, False)
     assert source.weight == 2 and source.val_texts == ["a", "a"]
+
+
+def test_another_column_is_another_source(tmp_path):
+    """Else a run would go on with the texts of the other column."""
+    name = write(tmp_path / "a.jsonl", b'{"text": "a", "n": "b"}\n')
+    assert content_digest(name) == content_digest(f"{name}#text") != content_digest(f"{name}#n")
+
+
+def test_a_stream_is_told_once_and_what_is_built_in_is_not(tmp_path):
+    told: list[str] = []
+    name = write(tmp_path / "a.txt", b"a\n\nb\n")
+    for source in (name, "sotu"):
+        open_source(source, streaming=True, warn=told.append)
+    assert told == [f"{name}: streamed"]
 
 
 def test_long_lines(tmp_path):
