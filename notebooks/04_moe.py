@@ -23,16 +23,37 @@
 # layer *stores* **28.6 times** what it *computes with*. The problem this chapter solves is in the word
 # "picks": a gate left alone has favorites, and while these are overrun, the memory and the GPUs of the
 # other experts idle.
+#
+# ## Play
+# A router of a small model that was trained in five minutes: which experts does it choose for which token? With
+# biases of zero, a few experts get most of the tokens. Drag the biases until the loads are even, then let the rule of
+# the report do it.
+
+# %%
+import torch
+
+from dsv3_ref import load
+from dsv3_ref.data.tokenizer import load_tokenizer
+from dsv3_ref.viz.component import embed
+from dsv3_ref.viz.explainer import SHIPPED_MODEL
+from dsv3_ref.viz.routing import router_page
+
+TEXT = ("My fellow Americans, the state of our Union is strong because our people are strong, "
+        "and tonight we ask the Congress to act.")  # fmt: skip
+trained = load(SHIPPED_MODEL, dtype=torch.float32)
+html = router_page(trained, load_tokenizer(SHIPPED_MODEL), TEXT, layer="layers.2.ffn")
+embed(html, "the router of a trained model", height=1550)
+
+# %% [markdown]
+# How much more does a layer of V3 store than it computes with?
 
 # %%
 import os
 from dataclasses import replace
 from math import comb
 
-import torch
-
 from dsv3_ref.config import V2_LITE, V3
-from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, show
 
 expert = 3 * V3.dim * V3.moe_inter_dim  # parameters of one: w1, w2, w3
 stored = [3 * V3.dim * V3.inter_dim, (1 + V3.n_routed_experts) * expert]
@@ -844,46 +865,6 @@ show(fig)
 # which happens to be the report's gap, and of the batch-wise one by 0.003 ± 0.002, where the report has none;
 # with three seeds neither can be told from chance. No balancing at all costs 0.005 ± 0.006 only, for after 0.3M
 # tokens a starved expert is not yet missed. What balancing does to experts shows in minutes; what it is worth does not.
-#
-# ## Play
-# Eight experts, two per token, 24 tokens. Drag a bias and watch which tokens change their mind (left) and what
-# becomes of the loads (right). Try to even them out by hand, then compare with 300 steps of the rule, which
-# the second picture shows.
-
-# %%
-BOARD_LOGITS = (torch.randn(1, 24, 8, generator=torch.Generator().manual_seed(9))
-                + torch.linspace(1.2, -1.2, 8))  # fmt: skip
-
-
-def draw_board(**bias):
-    """Draw affinities with the chosen experts marked, and every expert's load; one bias each."""
-    bias_e = torch.tensor([float(x) for x in bias.values()])
-    r = route(BOARD_LOGITS, bias_e, SMALL_MOE)
-    load = tokens_per_expert(r.topk_ids_bsk, 8)
-    fig, axes = figure(1, 2, 9.5, 3.8)
-    fig.colorbar(axes[0].imshow(r.scores_bse[0], aspect="auto", cmap="cividis", vmin=0, vmax=1),
-                 ax=axes[0], label="affinity")  # fmt: skip
-    axes[0].scatter(r.topk_ids_bsk[0].flatten(), torch.arange(24).repeat_interleave(2), s=36,
-                    facecolor="white", edgecolor="#D55E00")  # fmt: skip
-    axes[0].set(title="○ chosen", xlabel="expert", ylabel="token", xticks=range(8))
-    axes[1].bar(range(8), load.tolist(), color=BLUE)
-    axes[1].axhline(6, color=ORANGE, ls="--")
-    axes[1].annotate("even", (7.5, 6), xytext=(0, 3), textcoords="offset points", color="#9A6700")
-    labels = [f"{e}\n{b:+.2f}" for e, b in enumerate(bias_e.tolist())]
-    axes[1].set_xticks(range(8), labels, fontsize=8.5)
-    axes[1].set_yticks(range(0, 21, 4))
-    axes[1].set(title=f"Load, MaxVio {max_vio(load):.2f}", xlabel="expert, bias", ylabel="tokens",
-                xlim=(-0.6, 8.3), ylim=(0, 20))  # fmt: skip
-    show(fig)
-
-
-ruled = torch.zeros(8)
-for _ in range(300):
-    chosen = route(BOARD_LOGITS, ruled, SMALL_MOE).topk_ids_bsk
-    update_expert_bias(ruled, tokens_per_expert(chosen, 8), 0.005)
-draw_board(**{f"b{e}": 0.0 for e in range(8)})
-draw_board(**{f"b{e}": round(x, 2) for e, x in enumerate(ruled.tolist())})
-play(draw_board, **{f"b{e}": (-0.6, 0.6, 0.02) for e in range(8)})
 
 # %% [markdown]
 # ## Exercises

@@ -1,4 +1,4 @@
-"""Figures of expert routing: affinities of tokens, chosen experts, load per expert."""
+"""Expert routing as figures and as a page: affinities, chosen experts, load per expert."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from dsv3_ref.model import Transformer, moe_layers
 from dsv3_ref.moe import Gate, Route, max_vio, tokens_per_expert
+from dsv3_ref.viz.component import document, embed_json
 from dsv3_ref.viz.style import BLUE, GRAY, ORANGE, figure, play, show
 
 MAX_TOKENS = 32  # as many as fit into a figure
@@ -101,4 +102,33 @@ def explore_routing(model: Transformer, tokenizer: Tokenizer, text: str) -> None
         layer=names,
         expert=(0, config.n_routed_experts - 1, 1),
         bias=(-0.5, 0.5, 0.02),
+    )
+
+
+def router_page(model: Transformer, tokenizer: Tokenizer, text: str, layer: str) -> str:
+    """Return a page of one MoE layer's router on a text, with a slider for every bias, as HTML.
+
+    The layer's inputs, and so the affinities, do not depend on its own biases.
+    """
+    tokens = tokenizer.encode(text).ids[: MAX_TOKENS + 1]
+    texts = [tokenizer.decode([token]) for token in tokens]
+    shown = [t for t, piece in enumerate(texts) if piece]  # no special tokens
+    config = model.config
+    bias_e: torch.Tensor = moe_layers(model)[layer].gate.get_buffer("bias")
+    scores_bse = trace_route(model, tokens, layer).scores_bse
+    data = {
+        "config": {
+            "score_func": config.score_func, "route_scale": config.route_scale,
+            "n_routed_experts": config.n_routed_experts,
+            "n_activated_experts": config.n_activated_experts,
+            "n_expert_groups": config.n_expert_groups,
+            "n_limited_groups": config.n_limited_groups,
+        },
+        "tokens": [texts[t] for t in shown],
+        "logits": scores_bse[0, shown].double().logit().tolist(),
+        "bias": bias_e.tolist(),
+    }  # fmt: skip
+    modules = "dom.js", "model.js", "router.js"
+    return document(
+        "The router of a trained model", "router", modules, {"router": embed_json(data)}
     )
