@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.decode import SamplingParams
@@ -382,7 +382,26 @@ def test_a_stop_string_of_byte_tokens_leaks_nothing():
 
 def test_every_byte_has_a_sign():
     assert sorted(byte_of_sign().values()) == list(range(256))
+    assert sorted(byte_of_sign()) == sorted(pre_tokenizers.ByteLevel.alphabet())
     assert token_bytes("Ġa") == b" a" and token_bytes("世") == "世".encode()
+
+
+@pytest.mark.parametrize(
+    "data, starts",
+    [
+        ("a世é".encode(), [0, 1, 1, 1, 2, 2]),
+        (b"\xe4a", [0, 1]), (b"\xe4\xb8\xe4\xb8\x96", [0, 0, 1, 1, 1]),  # cut off by the next
+        ("\ufffda".encode(), [0, 0, 0, 1]),  # bytes of the very sign that stands for broken ones
+    ],
+    ids=["whole", "broken", "broken twice", "sign"],
+)  # fmt: skip
+def test_a_token_begins_in_the_character_of_its_first_byte(data, starts):
+    text, found = StreamDetokenizer(tokenizer()), []
+    sign_of_byte = {byte: sign for sign, byte in byte_of_sign().items()}
+    for byte in data:
+        text.push([tokenizer().token_to_id(sign_of_byte[byte])])
+        found.append(text.start_of_token)
+    assert found == starts
 
 
 def unigram() -> Tokenizer:
