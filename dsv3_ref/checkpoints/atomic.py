@@ -237,5 +237,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is not JSON: {e}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold an object of fields, not a {type(values).__name__}")
+        raise UserError(f"{path} must hold an object of fields, not {describe_json(values)}")
     return values
+
+
+def describe_json(value: Any) -> str:
+    """Return what kind of JSON value this is."""
+    names = {list: "a list", dict: "an object", str: "a string", bool: "a truth value",
+             int: "a number", float: "a number", type(None): "null"}  # fmt: skip
+    return names.get(type(value), type(value).__name__)

@@ -18,6 +18,7 @@ from dsv3_ref.data.messages import (
     REASONING,
     Message,
     has_loss,
+    has_place_for_thoughts,
     normalize_messages,
     without_thoughts,
 )
@@ -42,11 +43,12 @@ def render_sample(
     turn is not the assistant's, or if the form drops part of a learned answer, such as thoughts.
     """
     template = chat.find_template(tools)
-    if template is None and isinstance(messages, list | tuple):
+    mentions = template.mentions if template else OWN_ROLES.__contains__
+    if isinstance(messages, list | tuple) and not has_place_for_thoughts(mentions):
         messages = [
             m if isinstance(m, dict) and has_loss(m) else without_thoughts(m) for m in messages
         ]
-    turns = normalize_messages(messages, template.mentions if template else OWN_ROLES.__contains__)
+    turns = normalize_messages(messages, mentions)
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if len(turns) - 1 not in answers:
         chat.render(turns, tools)  # a malformed conversation is the first thing to report

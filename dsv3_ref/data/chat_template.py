@@ -24,6 +24,7 @@ from dsv3_ref.data.messages import (
     TEXT_FIELDS,
     CallArguments,
     Message,
+    has_place_for_thoughts,
     iter_texts,
     normalize_messages,
     without_thoughts,
@@ -170,16 +171,20 @@ class ChatTemplate:
         No text of a message produces a mark, except the tags of thoughts in an assistant's.
         variables: further ones that the template reads, such as `enable_thinking`.
         An empty answer is not continued: the prompt is that for a new one. Raises a `UserError` for
-        what the form of this model's conversations cannot express.
+        what the form of this model's conversations cannot express. Thoughts of a form without them
+        are dropped.
         """
+        template = self.find_template(tools)
+        mentions = template.mentions if template else OWN_ROLES.__contains__
+        if isinstance(messages, list | tuple) and not has_place_for_thoughts(mentions):
+            messages = [*map(without_thoughts, messages)]
         if continue_final_message and is_empty_answer(messages[-1]):
             return self.render(messages[:-1], tools, add_generation_prompt=True, **variables)
-        template = self.find_template(tools)
         if template is None:
             return self.render_own(
                 messages, tools, variables, add_generation_prompt, continue_final_message
             )
-        turns = normalize_messages(messages, template.mentions)
+        turns = normalize_messages(messages, mentions)
         talk = Conversation(turns, tools, variables)
         signs = Signs.absent_from([turns, tools, variables, template.text])
         if continue_final_message:
@@ -333,15 +338,9 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: list[Any] | None, variables: dict[str, Any],
         add_generation_prompt: bool, continue_final_message: bool,
     ) -> list[int]:  # fmt: skip
-        """Return the tokens of a conversation in V3's own form (chapter 14).
-
-        It has no thoughts: those of a conversation are dropped, but not of an answer to continue.
-        """
+        """Return the tokens of a conversation in V3's own form (chapter 14)."""
         from dsv3_ref.sft import render_conversation  # needs torch, which `dsv3 data` does not load
 
-        if isinstance(messages, list | tuple):
-            num_past = len(messages) - continue_final_message
-            messages = [*map(without_thoughts, messages[:num_past]), *messages[num_past:]]
         turns = normalize_messages(messages, OWN_ROLES.__contains__)
         tokens = render_conversation(turns, self.encode, self.special_tokens)
         is_answered = turns[-1]["role"] == "assistant"

@@ -20,6 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dsv3_ref.checkpoints.atomic import describe_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, hub, text_cache
 from dsv3_ref.data.discovery import is_special, list_folder, require_one_kind, suffix_reason
@@ -286,7 +287,7 @@ class TextReader:
             elif isinstance(value, str | None):
                 yield value or ""
             else:
-                what = formats.describe(value)
+                what = describe_json(value)
                 self.leave_out(i, place, f"its {self.column!r} is {what}, not a string")
         if others and not has_column:
             raise hub.no_column_error(file.path, self.column, list(others))

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from itertools import chain, count
 from typing import Any, BinaryIO, NamedTuple
 
+from dsv3_ref.checkpoints.atomic import describe_json
 from dsv3_ref.config import UserError
 
 PLAIN_TEXT = "text"
@@ -357,17 +358,10 @@ def nesting(value: Any) -> int:
 def checked_row(value: Any, may_have_surrogates: bool = True) -> Any:
     """Return a row, or a `BrokenRow` if it is not a dict or has half of a surrogate pair."""
     if not isinstance(value, dict):
-        return BrokenRow(f"it is {describe(value)}, not an object with named fields")
+        return BrokenRow(f"it is {describe_json(value)}, not an object with named fields")
     if may_have_surrogates and not is_utf8(value):
         return BrokenRow("it has half of a character (a lone surrogate such as \\ud83d)")
     return value
-
-
-def describe(value: Any) -> str:
-    """Return what kind of JSON value this is."""
-    names = {list: "a list", dict: "an object", str: "a string", bool: "a truth value",
-             int: "a number", float: "a number", type(None): "null"}  # fmt: skip
-    return names.get(type(value), type(value).__name__)
 
 
 def is_utf8(value: Any) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dsv3_ref.checkpoints.atomic import describe_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data.formats import is_utf8
 from dsv3_ref.data.marks import THINK_TAGS
@@ -125,11 +126,16 @@ def place_thoughts(
     return rest | {"content": f"{begin}\n{thoughts.strip()}\n{end}{gap}{content}"}
 
 
+def has_place_for_thoughts(mentions: Callable[[str], bool]) -> bool:
+    """Return whether the form of a conversation has thoughts, in a field or between tags."""
+    return any(map(mentions, (*REASONING, THINK_TAGS[1])))
+
+
 def without_thoughts(turn: Any) -> Any:
     """Return a message without its thoughts if it is an assistant's; anything else unchanged.
 
-    V3's own form has no place for them, and the templates of R1 and V3.1 drop them, too. What is
-    left of an answer that was cut off while the model thought is an empty one.
+    Clients send back what they received. vLLM and SGLang ignore fields that a template does not
+    read. What is left of an answer that was cut off while the model thought is an empty one.
     """
     is_answer = isinstance(turn, dict) and turn.get("role") == "assistant"
     if not is_answer or not any(turn.get(name) for name in REASONING):
@@ -156,8 +162,8 @@ def normalize_content(i: int, turn: Message) -> str | None:
         raise UserError(f'turn {i} is not a role with a string: write {{"role", "content"}}')
     if content is not None and not isinstance(content, str):
         raise UserError(
-            f"turn {i} is not a role with a string: its content is {str(content)[:40]}, of type "
-            f"{type(content).__name__}; quote it"
+            f"turn {i} is not a role with a string: its content is {str(content)[:40]}, "
+            f"{describe_json(content)}; quote it"
         )
     return content
 

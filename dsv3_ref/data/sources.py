@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 from tokenizers import Tokenizer
 
+from dsv3_ref.checkpoints.atomic import describe_json
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files, shards
 from dsv3_ref.data.fingerprint import fingerprint_dataset, fingerprint_files
@@ -129,7 +130,7 @@ class TextSource(Source):
             for row in rows:
                 text = row["text"]
                 if not isinstance(text, str | None):
-                    kind = type(text).__name__
+                    kind = describe_json(text)
                     raise UserError(f"the column 'text' of {self.name} holds {kind}, not a string")
                 yield text or ""
 

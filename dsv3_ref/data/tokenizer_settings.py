@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_ref.checkpoints.atomic import clear_path, read_text
+from dsv3_ref.checkpoints.atomic import clear_path, describe_json, read_text
 from dsv3_ref.config import UserError
 
 # Files of a tokenizer, which a run copies from the model that it starts from.
@@ -102,7 +102,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold an object of fields, not a {type(values).__name__}")
+        raise UserError(f"{path} must hold an object of fields, not {describe_json(values)}")
     return values
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 import dsv3_ref
+from dsv3_ref.checkpoints.atomic import describe_json
 from dsv3_ref.config import Config, UserError, suggest
 
 RUN_FILE_SUFFIXES = (".yaml", ".yml", ".json")
@@ -148,14 +149,16 @@ def read_mapping(path: Path) -> dict[Any, Any]:
             text = file.read(MAX_RUN_FILE + 1)  # a pipe has no size, and a device no end
         if len(text) > MAX_RUN_FILE:
             raise ValueError(f"it has more than {MAX_RUN_FILE} characters")
-        values = json.loads(text) if is_json else RunFileLoader(text).get_single_data()
+        values = json.loads(text or "null") if is_json else RunFileLoader(text).get_single_data()
     except OSError as e:
         raise UserError(f"--config {path} cannot be read: {e.strerror}; give a run file") from None
     except (ValueError, RecursionError, yaml.YAMLError) as e:
         reason = " ".join(str(e).split())
         raise UserError(f"{path} is not {'JSON' if is_json else 'YAML'}: {reason}") from None
+    if values is None:
+        raise UserError(f"{path} has no options: write one per line, such as seed: 1")
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold options by name, not a {type(values).__name__}")
+        raise UserError(f"{path} must hold options by name, not {describe_json(values)}")
     return values
 
 
@@ -177,7 +180,7 @@ def nest(values: dict[str, Any], name: str, options: type, path: Path) -> dict[s
     """Move the options of a nested dataclass without a prefix, such as `lr`, into its mapping."""
     inner = values.get(name, {})
     if not isinstance(inner, dict):
-        raise UserError(f"{path}: {name} must be a mapping of options, not {inner!r}")
+        raise UserError(f"{path}: {name} must be a mapping of options, not {quote_value(inner)}")
     own = {key: value for key, value in values.items() if key in field_names(options)}
     rest = {key: value for key, value in values.items() if key not in own}
     return rest | ({name: inner | own} if inner or own else {})
@@ -216,7 +219,9 @@ def apply_options(default: Any, values: Mapping[str, Any], source: str) -> Any:
             place = source if name == "recipe" else f"{source}: {name}"
             changes[name] = apply_options(getattr(default, name), inner, place)
         else:
-            raise UserError(f"{source}: {name} must be a mapping of options, not {value!r}")
+            raise UserError(
+                f"{source}: {name} must be a mapping of options, not {quote_value(value)}"
+            )
     is_tuple = hasattr(default, "_replace")
     return default._replace(**changes) if is_tuple else replace(default, **changes)
 
@@ -239,7 +244,8 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         return convert(value, next(x for x in parts if x is not NoneType), key)
     if origin is Literal:
         if value not in parts:
-            raise UserError(f"{key} must be one of {', '.join(map(str, parts))}, not {value!r}")
+            choices = ", ".join(map(str, parts))
+            raise UserError(f"{key} must be one of {choices}, not {quote_value(value)}")
         return value
     if origin is tuple:
         items = value if isinstance(value, list) else [value]
@@ -263,4 +269,9 @@ def convert_scalar(value: Any, kind: type, key: str) -> Any:
         return Path(os.path.expanduser(value))
     if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
         return value
-    raise UserError(f"{key} must be {expected}, not {value!r}")
+    raise UserError(f"{key} must be {expected}, not {quote_value(value)}")
+
+
+def quote_value(value: Any) -> str:
+    """Return a value of a run file as messages show it."""
+    return "an empty value" if value is None else repr(value)

@@ -204,7 +204,7 @@ def test_a_pair_has_the_system_text_and_the_input_of_its_row():
 
 
 BAD_ROWS = {
-    "a number": ({"messages": [ASK | {"content": 7}, TELL]}, "its content is 7, of type int"),
+    "a number": ({"messages": [ASK | {"content": 7}, TELL]}, "its content is 7, a number"),
     "an image": ({"messages": [ASK | {"content": [{"type": "image_url"}]}, TELL]}, "must be text"),
     "half a character": ({"messages": [ASK | {"content": "\ud83d"}, TELL]}, "a lone surrogate"),
     "tool calls": (
@@ -219,7 +219,7 @@ BAD_ROWS = {
     "an empty answer": ({"messages": [ASK, TELL | {"content": ""}]}, "an answer is empty"),
     # hiyouga/LlamaFactory #4249: the output is an object; #10116: no messages; #9600: plain text
     "an object as the output": (
-        {"instruction": "ask", "output": {"a": 1}}, "its content is {'a': 1}, of type dict",
+        {"instruction": "ask", "output": {"a": 1}}, "its content is {'a': 1}, an object; quote",
     ),
     "no messages": ({"messages": None}, "no list of messages, only messages"),
     "text that is no JSON": ({"messages": "[{'role': 'user'}]"}, '"messages" is not JSON'),

@@ -111,9 +111,8 @@ def test_the_own_form_forgets_thoughts_of_earlier_turns():
     cut_off = {"role": "assistant", "content": None, "reasoning_content": "so it"}
     empty = [*ASK, answer | {"content": ""}, *ASK]
     assert chat.render_prompt([*ASK, cut_off, *ASK]) == chat.render_prompt(empty)
-    for refused in ([*ASK, answer | {"reasoning_content": "so"}], [ASK[0] | {"reasoning": "so"}]):
-        with pytest.raises(UserError, match="has 'reasoning.*cannot express"):
-            chat.render_prompt(refused)  # an answer to continue, and a user's
+    with pytest.raises(UserError, match="has 'reasoning'.*cannot express"):
+        chat.render_prompt([ASK[0] | {"reasoning": "so"}])  # a user's
 
 
 def test_the_own_form_learns_no_answer_without_its_thoughts():
@@ -208,6 +207,26 @@ def chat_of(name: str) -> ChatTemplate:
     return ChatTemplate(
         form_tokenizer(form), TokenizerSettings(tokens, {"default": form.template}, source=name)
     )
+
+
+@pytest.mark.parametrize("name", [None, "V2-Lite", "Moonlight"])
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_that_clients_send_back_are_dropped_where_a_form_has_none(name, field):
+    """can1357/oh-my-pi #1157, defilantech/LLMKube #1276: a client sends back what it received, and
+    a server that refuses it ends the conversation."""
+    chat = chat_of(name) if name else ChatTemplate(train_tokenizer(["a"], 265))
+    answer = {"role": "assistant", "content": "2"}
+    for rest in (ASK, []):  # another question, and an answer to continue
+        want = chat.render_prompt([*ASK, answer, *rest])
+        assert chat.render_prompt([*ASK, answer | {field: "so"}, *rest]) == want
+    cut_off = [*ASK, {"role": "assistant", "content": None, field: "so it"}]
+    assert chat.render_prompt(cut_off) == chat.render_prompt(ASK)
+    with pytest.raises(UserError, match="has 'reasoning_content'.*leave it out"):
+        render_sample(chat, [*ASK, answer | {"reasoning_content": "so"}])
+    unlearned = answer | {"weight": 0}
+    talk = [*ASK, answer]
+    sample = render_sample(chat, [*ASK, unlearned | {field: "so"}, *talk])
+    assert sample == render_sample(chat, [*ASK, unlearned, *talk])
 
 
 @pytest.mark.parametrize("name", ["R1", "V3.1"])
