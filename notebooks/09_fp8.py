@@ -26,6 +26,19 @@
 # by $2^{-9}$ down to zero (*subnormal* numbers). The recipe of this chapter makes this range sufficient:
 # one scale per 128 numbers, a sum that leaves the tensor core every 128 products, and wider formats
 # where eight bits lose too much.
+#
+# ## Play
+# Flip bits. Which numbers lie between 0 and the smallest one with a leading 1? Then make one of 512 activations
+# larger and larger: which of the others suffer?
+
+# %%
+from dsv3_ref.viz.component import embed
+from dsv3_ref.viz.fp8 import fp8_page
+
+embed(fp8_page(), "a number in eight bits", height=880)
+
+# %% [markdown]
+# All positive values of E4M3:
 
 # %%
 #| export
@@ -49,7 +62,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv3_ref.config import TINY, V3, count_params
-from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, play, show
+from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, checker, figure, show
 
 torch.manual_seed(0)
 e4m3_values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -882,23 +895,15 @@ def outlier_error(size: float, tile: int) -> float:
     return error.square().mean().sqrt().item()
 
 
-def draw_outliers(highest: int = 6) -> None:
-    """Plot the error against the size of the outlier, for three sizes of a group with one scale."""
-    sizes = [10.0 ** (e / 2) for e in range(2 * highest + 1)]
-    fig, ax = figure(width=7, height=3)
-    groups = {"one scale for all": 64 * 1024, "one per row of 1024": 1024, "tiles of 1 × 128": 128}
-    for (name, tile), style, color in zip(
-        groups.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)
-    ):
-        ax.plot(sizes, [outlier_error(x, tile) for x in sizes], style, color=color, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="size of the outlier (others: about 1)")
-    ax.set(ylabel="rms error of the others")
-    ax.set_title("With tiles an outlier affects only its own tile")
-    ax.legend()
-    show(fig)
-
-
-draw_outliers()
+sizes = [10.0 ** (e / 2) for e in range(13)]
+fig, ax = figure(width=7, height=3)
+groups = {"one scale for all": 64 * 1024, "one per row of 1024": 1024, "tiles of 1 × 128": 128}
+for (name, tile), style, color in zip(groups.items(), ("o-", "s--", "D:"), (ORANGE, GRAY, BLUE)):
+    ax.plot(sizes, [outlier_error(x, tile) for x in sizes], style, color=color, label=name)
+ax.set(xscale="log", yscale="log", xlabel="size of the outlier (others: about 1)")
+ax.set(ylabel="rms error of the others", title="With tiles an outlier affects only its own tile")
+ax.legend()
+show(fig)
 assert outlier_error(1e6, 64 * 1024) > 0.9 and outlier_error(1e6, 128) < 0.06
 
 # %% [markdown]
@@ -1064,33 +1069,6 @@ ax.invert_yaxis()
 ax.set(xlabel="MB saved for the backward pass of 256 tokens")
 ax.set_title("FP8 and recomputation combine")
 show(fig)
-
-# %% [markdown]
-# ## Play: a number in eight bits, and an outlier
-
-
-# %%
-def draw_value(value: float = 0.3) -> None:
-    near = torch.tensor(value).to(torch.float8_e4m3fn)
-    bits = f"{near.view(torch.uint8).item():08b}"
-    fig, ax = figure(width=7, height=1.8)
-    lo, hi = value * 0.6, value * 1.4 + 0.01
-    ax.vlines(finite[(finite > lo) & (finite < hi)].tolist(), 0, 0.6, color=GRAY)
-    ax.vlines([value], 0, 1, color=ORANGE, ls="--", label=f"exact {value:.3f}")
-    ax.vlines([near.float().item()], 0, 0.8, color=BLUE, lw=3, label=f"stored {near.float():.4f}")
-    ax.set(yticks=[], xlabel="value")
-    ax.set_title(f"sign {bits[0]} · exponent {bits[1:5]} · mantissa {bits[5:]}")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    show(fig)
-
-
-draw_value(0.3)
-
-# %%
-play(draw_value, value=(0.02, 2.0, 0.01))
-
-# %%
-play(draw_outliers, highest=(1, 8, 1))
 
 # %% [markdown]
 # ## Exercises
