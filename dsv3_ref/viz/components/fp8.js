@@ -125,7 +125,7 @@ function drawOutlier() {
     drawing.append(svg("circle", { class: isLost ? "lost" : "after", cx: x(i), cy: y(after[i]), r: isLost ? 2.5 : 2 }));
   });
   find("values").replaceChildren(drawing);
-  find("outlier-value").textContent = `${(2 ** page.power).toLocaleString("en-US")} standard deviations`;
+  find("outlier-value").textContent = `${(2 ** page.power).toLocaleString("en-US")} standard deviation${page.power ? "s" : ""}`;
   find("errors").textContent = `Error of the other 511 values: ${(error * 100).toPrecision(2)} % of their size; ${zeros} of them became zero.`;
 }
 
