@@ -28,6 +28,7 @@ DIVISIBLE = re.compile(
 sys.path.insert(0, str(ROOT / "tools"))  # tools/ is not a package: tests import it by file name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; subprocesses inherit it
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # 3 s of jsonschema, for URIs only
 
 import torch  # noqa: E402  after the threads are set
 

@@ -1,6 +1,7 @@
 """A pool of processes that run functions as the ranks of a fresh gloo group, call after call."""
 
 import os
+import pickle
 import traceback
 from tempfile import TemporaryDirectory
 
@@ -16,19 +17,20 @@ def member(pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    for fn, args, rank, world, address in iter(pipe.recv, None):
+    while True:
+        fn, args, rank, world, address = pickle.loads(pipe.recv_bytes())
         try:
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-            pipe.send((True, fn(*args)))
+            pipe.send_bytes(pickle.dumps((True, fn(*args))))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 class Gang:
-    """Up to WORLD processes, started when first needed."""
+    """Up to WORLD processes, started when first needed. Tensors are copied, not shared."""
 
     def __init__(self):
         self.folder = TemporaryDirectory()
@@ -49,7 +51,7 @@ class Gang:
         self.n += 1
         address = f"file://{self.folder.name}/{self.n}"
         for rank, (_, pipe) in enumerate(self.members[:world]):
-            pipe.send((fn, args, rank, world, address))
+            pipe.send_bytes(pickle.dumps((fn, args, rank, world, address)))
         answers = [self.answer(pipe, seconds) for _, pipe in self.members[:world]]
         wrong = [f"rank {rank} of {world}:\n{v}" for rank, (ok, v) in enumerate(answers) if not ok]
         if wrong:
@@ -60,7 +62,9 @@ class Gang:
     def answer(self, pipe, seconds: float):
         """(whether it went well, result or traceback)."""
         try:
-            return pipe.recv() if pipe.poll(seconds) else (False, f"no answer for {seconds} s")
+            if not pipe.poll(seconds):
+                return False, f"no answer for {seconds} s"
+            return pickle.loads(pipe.recv_bytes())
         except EOFError:
             return False, "the process died"
 

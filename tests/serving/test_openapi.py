@@ -8,11 +8,6 @@ from test_serve import folder, served
 from dsv3_ref.serving.openapi import describe_api
 from dsv3_ref.serving.protocol import RELOAD, FieldLimits, endpoint_fields
 
-schemathesis = pytest.importorskip("schemathesis")
-from schemathesis.specs.openapi.checks import (  # noqa: E402  after the skip
-    positive_data_acceptance,
-)
-
 __all__ = ["folder"]  # the fixture that makes a model
 OPERATIONS = [
     ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"),
@@ -63,6 +58,7 @@ def test_what_a_request_must_have_is_required():
 @pytest.fixture(scope="module")
 def description(folder):
     """Return the description of a running server."""
+    schemathesis = pytest.importorskip("schemathesis")
     with served(folder, num_speculative_tokens=1, max_n=4, max_new_tokens=8) as (base, _):
         yield schemathesis.openapi.from_url(f"{base}/openapi.json")
         assert httpx.get(f"{base}/health").json() == {"status": "ready"}
@@ -91,6 +87,9 @@ def test_a_stream_and_a_whole_answer_are_described(description, path, stream):
 @pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
 def test_random_requests_get_the_answers_that_are_described(description, path, method, mode):
     """Fields that contradict each other and prompts that are too long cannot be described."""
+    import schemathesis  # only now: it takes a second to load
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
     kind = schemathesis.GenerationMode[mode]
     if (mode, method) == ("NEGATIVE", "GET"):
         pytest.skip("there is nothing to get wrong")
