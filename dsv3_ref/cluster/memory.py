@@ -5,7 +5,10 @@ products, and messages lie in their buffers from the call that sends or receives
 are consumed. Everything is derived from the config and the schedule (chapters 12, 17).
 """
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from dsv3_ref.config import Config
@@ -280,7 +283,7 @@ class MessageTimes:
                 intervals += self.received(messages)
             elif rank == source:
                 answers = self.order.get((destination, source), [])
-                intervals += [self.sent(m, answers, num_steps) for m in messages]
+                intervals += self.sent(messages, answers, num_steps)
         return intervals
 
     def received(self, messages: list[Action]) -> list[tuple[int, int]]:
@@ -296,31 +299,50 @@ class MessageTimes:
             intervals.append((posted, consumed))
         return intervals
 
-    def sent(self, message: Action, answers: list[Action], num_steps: int) -> tuple[int, int]:
-        """Return the interval of a sent message, which ends with the next answer from its peer.
+    def sent(
+        self, messages: list[Action], answers: list[Action], num_steps: int
+    ) -> list[tuple[int, int]]:
+        """Return the intervals of sent messages, which end with the next answer from their peer.
 
         An answer that the peer sends after it has consumed the message proves the arrival.
         """
-        at_peer = self.consumed[message][1]
-        proofs = [self.consumed[a][1] for a in answers if self.produced[a][1] >= at_peer]
-        return self.produced[message][1], min(proofs, default=num_steps)
+        produced = [self.produced[a][1] for a in answers]  # in this order
+        read = [self.consumed[a][1] for a in reversed(answers)]
+        first_read = [*reversed([*accumulate(read, min)]), num_steps]  # of an answer and all later
+        return [
+            (self.produced[m][1], first_read[bisect_left(produced, self.consumed[m][1])])
+            for m in messages
+        ]
 
 
 # ── A rank, step by step ──
 
 
+@lru_cache(maxsize=1)
+def scheduled(
+    name: str, pp: int, num_microbatches: int, num_stages: int
+) -> tuple[list[list[Step]], MessageTimes]:
+    """Return the steps of all ranks, with the times of their messages."""
+    steps = schedule(name, pp, num_microbatches)
+    return steps, MessageTimes(steps, num_stages - 1)
+
+
 def usage_after_steps(at: MemorySettings, rank: int) -> list[Bytes]:
     """Return what a rank holds after each step of its schedule, besides its weights."""
-    steps = schedule(at.schedule, at.pp, at.microbatches)
+    steps, times = scheduled(at.schedule, at.pp, at.microbatches, at.num_stages)
     own = steps[rank]
-    messages = MessageTimes(steps, at.num_stages - 1).intervals(rank, len(own))
     size = at.stream * at.tokens * at.config.dim
+    changes: Counter[int] = Counter()  # of the number of messages, by step
+    for first, end in times.intervals(rank, len(own)):
+        changes[max(first, 0)] += 1
+        changes[end] -= 1
     live: Counter[tuple[str, int]] = Counter()  # micro-batches by (kind of action, stage)
     stages = {action.stage for action in iter_actions([own])}
     saved = {stage: stage_activations(at, stage) for stage in stages}
     deferred = {stage: stage_wgrads(at, stage) for stage in stages}
-    usages = []
+    usages, num_messages = [], 0
     for i, step in enumerate(own):
+        num_messages += changes[i]
         for kind, stage, _ in step:
             live["activations", stage] += {"F": 1, "B": -1, "I": -1}.get(kind, 0)
             live["wgrads", stage] += {"I": 1, "W": -1}.get(kind, 0)
@@ -328,7 +350,7 @@ def usage_after_steps(at: MemorySettings, rank: int) -> list[Bytes]:
         for stage in stages:
             total += scaled(saved[stage], live["activations", stage])
             total["deferred weight gradients"] += live["wgrads", stage] * deferred[stage]
-        total["messages"] += size * sum(first <= i < end for first, end in messages)
+        total["messages"] += size * num_messages
         usages.append(total)
     return usages
 
