@@ -305,7 +305,8 @@ def reference_steps(gang, precision: str) -> tuple[dict, list[float]]:
 
 def compare_steps(shape, schedule, zero: bool, precision: str, grads: dict, want: list[float]):
     """Return the errors of gradients and of three losses against those of one process."""
-    engine, losses, errors = build(shape, schedule, precision, zero), [], {}
+    engine = build(shape, schedule, precision, zero)
+    losses, errors = [], {}
     for i, lr in enumerate(LEARNING_RATES):
         losses.append(step(engine, draw(8, i), precision, lr).loss)
         errors = errors or gradient_errors(engine, grads)
