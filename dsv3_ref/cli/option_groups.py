@@ -27,7 +27,7 @@ RECIPE: Groups = {
 }
 TRAIN: Groups = {
     "model": "config init",
-    "data": "data streaming data_streams tokenizer fim_rate",
+    "data": "data val_data streaming data_streams tokenizer fim_rate",
     "": "recipe",
     "optimizer": "optimizer_dtype ema_decay skip_grad_norm_factor grad_norm_window"
     " max_skipped_steps",
@@ -56,11 +56,11 @@ OPTION_GROUPS: dict[str, Groups] = {
     },
     "train": TRAIN,
     "extend": {"extension": "phase needles"} | TRAIN,
-    "sft": {**TRAIN, "data": "data epochs tokenizer"},
+    "sft": {**TRAIN, "data": "data val_data epochs tokenizer"},
     "reward": {
         "reward model": "judge with_reference judgment_weight",
         **TRAIN,
-        "data": "data epochs tokenizer",
+        "data": "data val_data epochs tokenizer",
     },
     "rl": {
         "problem": "tasks system",

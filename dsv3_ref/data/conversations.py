@@ -164,7 +164,8 @@ def split_samples(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]
     """
     if len(samples) < 2:
         raise UserError(
-            "one conversation is too few, because one is held out for validation: add more rows"
+            "one conversation is too few, because one is held out for validation: add more "
+            "rows, or give others with --val-data"
         )
     n = min(sources.VAL_MAX, max(1, len(samples) // sources.VAL_EVERY))
     held_out = set(np.random.default_rng(0).permutation(len(samples))[:n].tolist())

@@ -113,13 +113,18 @@ class Source(ABC):
 
 
 class TextSource(Source):
-    """A source of texts: a `datasets.Dataset`, or an `IterableDataset`, which is a stream."""
+    """A source of texts: a `datasets.Dataset`, or an `IterableDataset`, which is a stream.
 
-    def __init__(self, name: str, weight: float, data: Any, seed: int):
+    hold_out: whether a part is held out; otherwise training and validation data are all documents.
+    """
+
+    def __init__(self, name: str, weight: float, data: Any, seed: int, hold_out: bool = True):
         super().__init__(files.shown(name), weight, seed)
         self.spec, self.data = name, data
         self.is_stream = not hasattr(data, "__len__")
-        if self.is_stream:
+        if not hold_out:
+            self.val_data = self.train_data = data
+        elif self.is_stream:
             self.val_data, self.train_data = data.take(VAL_STREAM), data.skip(VAL_STREAM)
         else:
             self.val_data, self.train_data = train_val_split(name, data)
@@ -194,17 +199,20 @@ def is_blank(document: Document) -> bool:
 # ── Opening ──
 
 
-def open_sources(specs: Sequence[str], seed: int, streaming: bool) -> list[Source]:
+def open_sources(
+    specs: Sequence[str], seed: int, streaming: bool, hold_out: bool = True
+) -> list[Source]:
     """Return a `Source` for each `name` or `name=weight`; a folder of shards has several.
 
-    Names are those of `files.open_source`.
+    Names are those of `files.open_source`. hold_out: of `TextSource`; shards keep what was held out
+    when they were prepared.
     """
     sources: list[Source] = []
     for name, weight in map(files.parse_source_spec, specs):
         path = files.existing_path(name)
         if path is None or not shards.is_shards(path):
             data = files.open_source(name, streaming)
-            sources.append(TextSource(name, weight, data, seed + 1000 * len(sources)))
+            sources.append(TextSource(name, weight, data, seed + 1000 * len(sources), hold_out))
             continue
         folder = shards.Shards(Path(path))
         share = weight / sum(s["weight"] for s in folder.sources)

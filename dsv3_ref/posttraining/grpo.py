@@ -117,6 +117,7 @@ class GRPOConfig(TrainConfig):
     micro_batch: int = 64
     """completions per forward pass; 0: all"""
     data: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    val_data: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
     fim_rate: Annotated[float, tyro.conf.Suppress] = 0.0
     data_streams: Annotated[int, tyro.conf.Suppress] = 1
     streaming: Annotated[bool, tyro.conf.Suppress] = False

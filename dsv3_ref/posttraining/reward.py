@@ -207,9 +207,14 @@ class RewardTask:
         for name in config.data:
             samples = read_pairs(name, chat, config.pair_format, print_to_stderr)
             fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
-            train, held_out = split_samples(samples)
-            pairs += train
-            self.held_out += held_out
+            if not config.val_data:
+                samples, held_out = split_samples(samples)
+                self.held_out += held_out
+            pairs += samples
+        for name in config.val_data:
+            samples = read_pairs(name, chat, config.pair_format, print_to_stderr)
+            fingerprints.append(fingerprint_samples(name, chain.from_iterable(samples)))
+            self.held_out += samples
         steps = recipe.steps or max(1, round(config.epochs * len(pairs) / recipe.global_batch_size))
         return Data(
             names=list(config.data),

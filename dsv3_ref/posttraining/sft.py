@@ -97,15 +97,20 @@ class SFTTask:
         chat = find_chat_template(config)
         tokenizer, special_tokens = chat.tokenizer, chat.special_tokens
         train_samples: list[list[int]] = []
-        val = {}
+        val, held_out = {}, {}
         fingerprints = []
         for name in config.data:
             samples = read_conversations(name, chat, length, print_to_stderr)
             fingerprints.append(fingerprint_samples(name, samples))
-            train, held_out = split_samples(samples)
-            train_samples += train
-            self.samples += held_out[:2]
-            rows = torch.tensor(pack_rows(held_out, length, special_tokens.pad))
+            if not config.val_data:
+                samples, held_out[name] = split_samples(samples)
+            train_samples += samples
+        for name in config.val_data:
+            held_out[name] = read_conversations(name, chat, length, print_to_stderr)
+            fingerprints.append(fingerprint_samples(name, held_out[name]))
+        for name, samples in held_out.items():
+            self.samples += samples[:2]
+            rows = torch.tensor(pack_rows(samples, length, special_tokens.pad))
             val[name] = list(rows.split(VAL_BATCH))
         dataset = PackedDataset(train_samples, length, config.seed, special_tokens.pad)
         steps = recipe.steps or max(
@@ -190,7 +195,7 @@ class SFTTask:
 
     def result_line(self, run: Run, row: dict) -> str:
         """Return the result in one sentence: bits per byte of held-out answers."""
-        return f"{row['val_bpb']:.3f} bits per byte on held-out answers of {run.data.names[0]}"
+        return f"{row['val_bpb']:.3f} bits per byte on held-out answers of {run.data.val_name}"
 
     def answer_prompts(self, run: Run) -> list[dict]:
         """Return the answers to the prompts of held-out conversations, if the model fits here."""

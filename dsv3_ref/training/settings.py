@@ -67,6 +67,8 @@ class TrainConfig:
     """sources with weights: sotu, stdlib, files of text or of rows with a column `text`
     (docs/data.md lists the formats), folders of them, datasets owner/name:config@split on the
     Hugging Face hub, name#column for another column, or shards of `dsv3 data prepare`"""
+    val_data: tuple[str, ...] = ()
+    """sources to validate on, of the form of --data; by default a part of --data is held out"""
     streaming: bool = False
     """stream files from disk instead of loading them into memory"""
     data_streams: int = 1

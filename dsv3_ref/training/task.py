@@ -82,7 +82,7 @@ class RowLoader(Loader, Protocol):
 class Data:
     """The data of a run."""
 
-    names: list[str]  # sources or tasks; the first is the one that validation reports
+    names: list[str]  # sources or tasks
     batch_size_schedule: list[int]  # rows of each step
     val: dict[str, list[Tensor]]  # validation batches of each source
     tokenizer: Tokenizer
@@ -92,7 +92,13 @@ class Data:
     minibatches: int = 1  # optimizer steps taken from one batch
     loader: Loader | None = None
     sources: tuple[Source, ...] = ()
+    val_sources: tuple[Source, ...] = ()  # whose held-out documents are validated on
     fingerprints: tuple[dict[str, Any], ...] = ()  # of each source: name, documents, text hashes
+
+    @property
+    def val_name(self) -> str:
+        """The source that validation reports."""
+        return next(iter(self.val))
 
 
 class Task(Protocol):
@@ -250,7 +256,7 @@ def validate_rows(task: RowTask, run: "Run") -> dict[str, float | None]:
     """
     is_last = run.state.step == len(run.data.batch_size_schedule)
     batches = None if is_last else ceil_div(run.config.val_sequences, VAL_BATCH)
-    name = run.data.names[0]
+    name = run.data.val_name
     val_loss, val_bpb = evaluate_loss(task, run, name, batches)
     if not math.isfinite(val_loss):
         run.abort("validation loss", val_loss)
@@ -264,13 +270,13 @@ def validate_rows(task: RowTask, run: "Run") -> dict[str, float | None]:
 
 def evaluate_other_sources(task: RowTask, run: "Run") -> dict[str, float]:
     """Return bits per byte on held-out documents of all sources but the first."""
-    names = run.data.names[1:]
+    _, *names = run.data.val
     return {name: evaluate_loss(task, run, name, OTHER_SOURCE_BATCHES)[1] for name in names}
 
 
 def summarize_rows(task: RowTask, run: "Run", row: dict[str, Any]) -> dict[str, Any]:
     """Return the part of summary.json that all tasks on rows have."""
-    first = {run.data.names[0]: row["val_bpb"]}
+    first = {run.data.val_name: row["val_bpb"]}
     return {
         "val_loss": row["val_loss"],
         "val_bpb": row["val_bpb"],
@@ -298,9 +304,12 @@ class PretrainTask:
     def build_data(self) -> Data:
         """Open the sources, find or train a tokenizer, and hold out validation documents."""
         config, recipe = self.config, self.config.recipe
-        sources = open_sources(config.data, config.seed, config.streaming)
+        sources = open_sources(
+            config.data, config.seed, config.streaming, hold_out=not config.val_data
+        )
+        val_sources = open_sources(config.val_data, config.seed, False, hold_out=False) or sources
         tokenizer = find_tokenizer(config, sources)
-        val = {s.name: val_windows(s.val_texts, tokenizer, recipe.seq_len) for s in sources}
+        val = {s.name: val_windows(s.val_texts, tokenizer, recipe.seq_len) for s in val_sources}
         return Data(
             names=[s.name for s in sources],
             batch_size_schedule=get_batch_size_schedule(recipe, recipe.steps),
@@ -322,7 +331,8 @@ class PretrainTask:
             ),
             tokenizer=tokenizer,
             sources=tuple(sources),
-            fingerprints=tuple(s.fingerprint() for s in sources),
+            val_sources=tuple(val_sources),
+            fingerprints=tuple(s.fingerprint() for s in dict.fromkeys([*sources, *val_sources])),
         )
 
     def prepare(self, run: "Run") -> None:
@@ -391,7 +401,7 @@ class PretrainTask:
 
     def result_line(self, run: "Run", row: dict[str, Any]) -> str:
         """Return the bits per byte on the first source's held-out documents."""
-        return f"{row['val_bpb']:.3f} bits per byte on unseen {run.data.names[0]} documents"
+        return f"{row['val_bpb']:.3f} bits per byte on unseen {run.data.val_name} documents"
 
 
 def continue_texts(run: "Run") -> list[dict[str, Any]]:
@@ -405,7 +415,7 @@ def continue_texts(run: "Run") -> list[dict[str, Any]]:
     assert bos is not None, "load_tokenizer requires the special tokens"
     samples: list[dict[str, Any]] = []
     texts: list[str] = []
-    for source in run.data.sources:
+    for source in run.data.val_sources:
         texts += source.val_texts[:SAMPLES_PER_SOURCE]
     for text in texts:
         ids = [bos, *tokenizer.encode(text[:2000], add_special_tokens=False).ids[:12]]
@@ -423,12 +433,12 @@ def measure_baselines(run: "Run") -> dict[str, float]:
     """Return bits per byte of gzip, bzip2 and single tokens on the first source's held-out text."""
     from dsv3_ref.training.report import compute_baselines  # imports matplotlib: half a second
 
-    tokenizer, source = run.data.tokenizer, run.data.sources[0]
+    tokenizer, val_texts = run.data.tokenizer, run.data.val_sources[0].val_texts
 
     def encode(texts: list[str]) -> list[int]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return list(chain.from_iterable(encoding.ids for encoding in encodings))
 
-    occurrences = Counter(encode(sample_texts([source])))
+    occurrences = Counter(encode(sample_texts(run.data.sources[:1])))
     counts = [occurrences[i] for i in range(vocab_size(tokenizer))]
-    return compute_baselines("".join(source.val_texts), counts, encode(source.val_texts))
+    return compute_baselines("".join(val_texts), counts, encode(val_texts))
