@@ -94,11 +94,12 @@ class HeadLimitedBuffer(ReceiveBuffer):
         A line that begins with a blank continues the one before it, so that its blanks add up:
         RFC 9112 (§5.2) lets a server refuse it.
         """
+        *first, _ = self._data[:MAX_HEAD_BYTES].split(b"\n", MAX_HEADERS + 2)
+        if len(first) > MAX_HEADERS + 1 and not any(line in (b"", b"\r") for line in first):
+            raise h11.RemoteProtocolError("the head has too many headers")
         lines = super().maybe_extract_lines()
         if lines and sum(map(len, lines)) + 2 * len(lines) > MAX_HEAD_BYTES:
             raise h11.RemoteProtocolError("the head is too long")
-        if lines and len(lines) > 1 + MAX_HEADERS:
-            raise h11.RemoteProtocolError("the head has too many headers")
         for line in lines or ():
             value = line.partition(b":")[2]
             if len(value) - len(value.lstrip(b" \t")) > MAX_BLANKS or line[:1] in (b" ", b"\t"):

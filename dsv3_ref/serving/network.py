@@ -203,10 +203,13 @@ def guard_app(
     return guarded
 
 
-def limit_requests(app: "ASGIApp", paths: re.Pattern[str], max_body_bytes: int) -> "ASGIApp":
-    """Return an ASGI app that refuses other paths and longer bodies, whatever the app itself does.
+def limit_requests(
+    app: "ASGIApp", paths: re.Pattern[str], max_body_bytes: int, check: Callable[[bytes], None]
+) -> "ASGIApp":
+    """Return an ASGI app that refuses other paths and bodies, whatever the app itself does.
 
-    A body is complete before the app is called.
+    A body is complete before the app is called. check: raises a `UserError` for one that the app
+    must not see.
     """
 
     async def limited(scope: "Scope", receive: "Receive", send: "Send") -> None:
@@ -226,6 +229,11 @@ def limit_requests(app: "ASGIApp", paths: re.Pattern[str], max_body_bytes: int) 
                 await refuse(send, 413, f"the body must not exceed {max_body_bytes} bytes")
                 return
             is_complete = not message.get("more_body")
+        try:
+            check(bytes(body))
+        except UserError as e:
+            await refuse(send, 400, str(e))
+            return
         first = [{"type": "http.request", "body": bytes(body), "more_body": False}]
         del body
 

@@ -32,6 +32,7 @@ from dsv3_ref.serving.network import (
     origin_rule,
 )
 from dsv3_ref.serving.detokenizer import StreamDetokenizer
+from dsv3_ref.serving.json_body import UniqueFieldsDecoder
 from dsv3_ref.serving.text_generator import TextGenerator, answered, fit_history, question
 
 if TYPE_CHECKING:  # optional dependencies
@@ -497,7 +498,24 @@ def build_web_app(generator: TextGenerator[ChatConfig]) -> "ASGIApp":
     blocks.state_session_capacity = MAX_SESSIONS
     app = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
-    return limit_requests(with_security_policy(app), PAGE_PATHS, MAX_PAGE_BODY_BYTES)
+    app = with_security_policy(app)
+    return limit_requests(app, PAGE_PATHS, MAX_PAGE_BODY_BYTES, check_page_body)
+
+
+def check_page_body(body: bytes) -> None:
+    """Raise a `UserError` for a body with anything but texts, numbers and lists of them.
+
+    In the place of a text, gradio takes an object that names a file: it copies that file, any file
+    of this machine, or fetches it from any address, before a function of the page is called.
+    """
+    try:
+        fields = UniqueFieldsDecoder(is_large=False).decode(body.decode() or "{}")
+    except (ValueError, RecursionError):
+        raise UserError("the body must be JSON in UTF-8") from None
+    for value in fields.values() if isinstance(fields, dict) else [[fields]]:
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (dict, list)) for item in items):
+            raise UserError("the page sends texts and numbers only: leave out objects")
 
 
 def make_web_server(app: "ASGIApp") -> "uvicorn.Server":

@@ -592,6 +592,34 @@ def test_a_long_question_is_refused_before_it_is_read(address):
     last(tab.ask("we talk")[1])
 
 
+@pytest.mark.parametrize(
+    "place, text",
+    [("http://a.example/endless", ""), ("/etc/hostname", ""), ("/dev/zero", '"data": [], ')],
+)
+@pytest.mark.parametrize("name", ["submit_question", "reply"])
+def test_no_file_takes_the_place_of_a_text(address, name, place, text):
+    """gradio copied any file, read /dev/zero for ever, and fetched any address to its disk."""
+    file = {"path": place, "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [None, *[file] * 5], "fn_index": 1, "session_hash": "a"})
+    for path in (f"run/{name}", "queue/join"):
+        response = httpx.post(
+            f"{address}/gradio_api/{path}", content=body[0] + text + body[1:], timeout=5,
+            headers={"Content-Type": "application/json"},
+        )  # fmt: skip
+        assert response.status_code == 400, response.text
+
+
+def test_what_a_page_may_send():
+    web.check_page_body(b"")
+    web.check_page_body(rb'{"data": [null, "half a character: \ud83d", 1.5, true], "fn_index": 0}')
+    for body in (
+        b'{"data": [[{}]]}', b'{"data": {}}', b'{"event_data": {"a": 1}}', b"[]", b"{", b"\xff",
+        b'{"data": [{}], "data": []}', '{"data": []}'.encode("utf-16"), b"[" * 100_000,
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            web.check_page_body(body)
+
+
 def test_waiting_answers_are_limited(address, monkeypatch):
     def endless(generator, turn):
         while True:
