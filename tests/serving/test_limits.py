@@ -145,7 +145,7 @@ CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.mark.parametrize(
     "sent",
-    [GET + BLANKS, GET + FOLDS, GET + b"a:b\r\n" * 14_000 + b"\r\n", GET + b"a:b\r\n" * 128 + b"\r\n",
+    [GET + BLANKS, GET + FOLDS, GET + b"a:b\r\n" * 14_000, GET + b"a:b\r\n" * 128 + b"\r\n",
      CHUNKED + b"0\r\n" + BLANKS, CHUNKED + b"5;" + b" " * 60_000 + b"\n\r\n",
      CHUNKED + b"5;" + b"a" * 253 + b"\r\n"],
     ids=["blanks", "continued lines", "a long head", "many headers", "trailers", "a chunk",
