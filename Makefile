@@ -9,7 +9,7 @@ BIN := .venv/bin
 HIDDEN := ['[0-9][0-9]_*.py', '__pycache__', '*.pyc']
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help play train align test test-full test-slurm lab export book site bench bench-gpu aot mutants clean
+.PHONY: help play train align test test-full test-slurm lab export book site film bench bench-gpu aot mutants clean
 
 help:
 	@echo "make play       a small model in your browser: type a text and follow its tokens"
@@ -23,6 +23,7 @@ help:
 	@echo "make aot        compile every kernel for Hopper and Blackwell, no GPU needed: registers, spills, memory"
 	@echo "make mutants    change one operator or number at a time: do the tests notice? (hours; ARGS=FILE for one)"
 	@echo "make export     notebooks -> dsv3_ref/*.py  make book        run the notebooks, store them, build the site"
+	@echo "make film       record figures/play.gif, the page of make play, with Chromium"
 	@echo "make site       the book to read offline, from the stored notebooks: build/site/index.html"
 
 play: .venv/core
@@ -73,6 +74,9 @@ book: .venv/dev
 
 site: .venv/book
 	$(BIN)/python tools/website.py
+
+film: .venv/dev
+	$(BIN)/python tools/record.py
 
 clean:
 	rm -rf .venv

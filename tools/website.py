@@ -161,9 +161,9 @@ def front_page(book: appendices.Book, play: str) -> str:
     play: what stands above the figure.
     """
     start = re.match(r"# (.*)\n\n(.*)\n", book.readme)
-    figure = re.search(r"!\[.*?\]\(.*?\)", book.readme)
+    figure = re.search(r"!\[.*?\]\(figures/.*?\.svg\)", book.readme)
     if not start or not figure:
-        sys.exit("README.md must begin with a title and a paragraph, and show a figure")
+        sys.exit("README.md must begin with a title and a paragraph, and show an SVG figure")
     topics = [book.readme_row(c)["notebook"].partition(": ")[2] for c in book.chapters]
     body = [[c.link(), topic or "—"] for c, topic in zip(book.chapters, topics)]
     return FRONT_PAGE.format(
