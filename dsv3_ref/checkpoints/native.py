@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from dsv3_ref.checkpoints.atomic import OLD, atomic_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.hf_config import config_from_hf, promised_mtp_layers
+from dsv3_ref.checkpoints.hub import local_dir
 from dsv3_ref.checkpoints.huggingface import (
     IGNORED,
     LAYER,
@@ -24,7 +25,6 @@ from dsv3_ref.checkpoints.huggingface import (
     is_gate_bias,
     mtp_copies,
 )
-from dsv3_ref.checkpoints.hub import local_dir
 from dsv3_ref.checkpoints.layout import CONFIG, SHARD_TABLE, TENSORS, is_expert
 from dsv3_ref.checkpoints.manifest import (
     Loaded,
@@ -42,7 +42,7 @@ from dsv3_ref.checkpoints.safetensors_files import (
     TensorFiles,
     write_safetensors,
 )
-from dsv3_ref.checkpoints.sharded import ShardedReader, build_on_meta, consolidate
+from dsv3_ref.checkpoints.sharded import ShardedReader, build_for_files, consolidate
 from dsv3_ref.checkpoints.storage import ShardedFiles, whole_ranges
 from dsv3_ref.config import Config, UserError, from_dict
 from dsv3_ref.model import Transformer
@@ -197,7 +197,7 @@ class CheckpointReader:
         except (UserError, TypeError) as e:
             raise UserError(f"{directory / CONFIG}: {e}") from None
         n_stored = len(self.stored.files)
-        self.model = build_on_meta(self.config, n_stored, directory)
+        self.model = build_for_files(self.config, n_stored, directory)
         self.expected = self.model.state_dict()
         n_experts = max((len(x) for x in self.expected.values() if x.ndim == 3), default=0)
         if self.is_hf and n_experts > n_stored:

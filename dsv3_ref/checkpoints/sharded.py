@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dsv3_ref.checkpoints.atomic import TMP, make_staging_dir, publish_dir, read_json, temp_sibling
 from dsv3_ref.checkpoints.layout import CONFIG, STATE, TENSORS
 from dsv3_ref.checkpoints.manifest import DamageError, write_manifest
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.checkpoints.storage import (
     RankReport,
@@ -236,7 +237,7 @@ def complete_checkpoint(
 # ── Loading by one process ──
 
 
-def build_on_meta(config: Config, n_stored: int, folder: Path) -> Transformer:
+def build_for_files(config: Config, n_stored: int, folder: Path) -> Transformer:
     """Return a model without memory for a folder that holds `n_stored` tensors.
 
     Raise a `UserError` if they cannot fill it; a model of a billion layers would take hours.
@@ -248,8 +249,7 @@ def build_on_meta(config: Config, n_stored: int, folder: Path) -> Transformer:
             "copy the directory again"
         )
     try:
-        with torch.device("meta"):
-            return Transformer(config)
+        return build_on_meta(config)
     except RuntimeError as e:  # more elements than a tensor can have
         raise UserError(f"{folder / CONFIG} has impossible sizes ({e}): copy it again") from None
 
@@ -260,7 +260,7 @@ class ShardedReader:
     def __init__(self, folder: Path):
         self.files = ShardedFiles(folder)
         self.config = from_dict(read_json(folder / CONFIG))
-        model = build_on_meta(self.config, len(self.files.table), folder)
+        model = build_for_files(self.config, len(self.files.table), folder)
         self.model, self.expected = model, model.state_dict()
         n_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if sum(x.numel() for x in self.expected.values()) > n_bytes:

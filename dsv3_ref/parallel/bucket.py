@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.config import Config, ceil_div
 from dsv3_ref.fp8 import E4M3
-from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.block_scales import BlockScales, num_scales
 from dsv3_ref.parallel.build import owning_ranks
 
@@ -97,8 +97,7 @@ def bucket_bytes(
 @cache
 def parameter_shapes(config: Config) -> dict[str, torch.Size]:
     """Return the shape of every parameter of the whole model."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Transformer(config).named_parameters()}
+    return {name: p.shape for name, p in build_on_meta(config).named_parameters()}
 
 
 def rank_state_bytes(
@@ -151,8 +150,7 @@ def staged_bytes(
 @cache
 def gate_biases(config: Config) -> dict[str, int]:
     """Return the number of elements of every bias of a gate, which no optimizer updates."""
-    with torch.device("meta"):
-        return {name: x.numel() for name, x in Transformer(config).named_buffers()}
+    return {name: x.numel() for name, x in build_on_meta(config).named_buffers()}
 
 
 # ── The tensors ──

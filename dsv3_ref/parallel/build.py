@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.meta import FILL_OPS, RANDOM_OPS, build_on_meta
 from dsv3_ref.config import Config, UserError
 from dsv3_ref.model import Transformer
 from dsv3_ref.parallel.mesh import Mesh
@@ -48,10 +49,6 @@ def owning_ranks(
 
 
 # ── First weights ──
-
-ATEN = torch.ops.aten
-RANDOM_OPS = (ATEN.normal_.default, ATEN.uniform_.default)
-FILL_OPS = (*RANDOM_OPS, ATEN.fill_.Scalar, ATEN.zero_.default)
 
 
 class RNGReplay(TorchDispatchMode):
@@ -124,8 +121,7 @@ def build_empty_model(
     config: Config, mesh: Mesh, stages: Sequence[int], num_stages: int
 ) -> Transformer:
     """Build this rank's part of a model that is not trained, with uninitialized weights."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = build_on_meta(config)
     drop_unused_stages(model, config, stages, num_stages)
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         set_param(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3_ref.checkpoints.layout import is_expert
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.checkpoints.sharded import first_expert
 from dsv3_ref.checkpoints.storage import split_experts
@@ -83,8 +84,7 @@ class ParallelEngine:
             raise UserError(
                 f"{config.n_layers} layers cannot be cut into {num_stages} stages: reduce --pp"
             )
-        with torch.device("meta"):
-            whole = Transformer(config)
+        whole = build_on_meta(config)
         mesh.create_reduce_groups(
             owning_ranks(name, config, stages) for name, _ in whole.named_parameters()
         )

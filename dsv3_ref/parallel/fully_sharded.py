@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from dsv3_ref.block import MTP, Block
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.safetensors_files import FlatRange
 from dsv3_ref.checkpoints.storage import split_experts, whole_ranges
 from dsv3_ref.config import Config, ceil_div
@@ -256,8 +257,7 @@ class FullyShardedEngine(ParallelEngine):
 
     def build_frozen(self) -> Pipeline:
         """Build this rank's slices of a second model, whose weights are loaded afterwards."""
-        with torch.device("meta"):
-            model = Transformer(self.config)
+        model = build_on_meta(self.config)
         shard_model(model, self.units, partial(torch.empty_like, device=self.units.device))
         return self.build_pipeline(model.requires_grad_(False))
 

@@ -10,15 +10,15 @@ from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 import tyro
 from tyro.constructors import ConstructorRegistry
 
 from dsv3_ref.checkpoints.atomic import LOCK, lock_dir, read_json, remove_new_files
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.native import find_tokenizer_dir, load_checkpoint_config
 from dsv3_ref.config import Config, UserError, from_dict, load_config
 from dsv3_ref.dualpipe import stages_by_rank
-from dsv3_ref.model import Transformer, moe_layers
+from dsv3_ref.model import moe_layers
 from dsv3_ref.optim import RECIPES, TrainingRecipe
 from dsv3_ref.training.loggers import LoggerName, require_packages
 from dsv3_ref.training.run_file import (
@@ -554,8 +554,7 @@ def has_metrics(run_dir: Path) -> bool:
 
 def describe_training(args: TrainConfig, command: str | None) -> dict[str, Any]:
     """Return the contents of run.json, which suffice to repeat the run."""
-    with torch.device("meta"):
-        model = Transformer(args.model)
+    model = build_on_meta(args.model)
     return describe_run(args.COMMAND, args, command) | {
         "moe_layers": list(moe_layers(model)),
         "model": asdict(args.model),

@@ -22,6 +22,7 @@ from dsv3_ref.checkpoints import atomic, safetensors_files
 from dsv3_ref.checkpoints.hf_config import config_from_hf, config_to_hf
 from dsv3_ref.checkpoints.huggingface import hf_names, save_hf
 from dsv3_ref.checkpoints.manifest import DamageError
+from dsv3_ref.checkpoints.meta import build_on_meta
 from dsv3_ref.checkpoints.native import load, save
 from dsv3_ref.config import V2_LITE, V3, UserError, ceil_div
 from dsv3_ref.model import Transformer, moe_layers
@@ -152,9 +153,17 @@ def test_any_shape_round_trips(tmp_path_factory, c, shard):
 
 
 @given(c=shapes())
+def test_a_model_on_meta_has_the_tensors_of_one_in_memory(c):
+    want, got = Transformer(c).state_dict(), build_on_meta(c).state_dict()
+    assert all(x.is_meta for x in got.values())
+    assert [(n, x.shape, x.dtype) for n, x in got.items()] == [
+        (n, x.shape, x.dtype) for n, x in want.items()
+    ]
+
+
+@given(c=shapes())
 def test_every_name_is_its_own_place(c):
-    with torch.device("meta"):
-        state = Transformer(c).state_dict()
+    state = build_on_meta(c).state_dict()
     names = [*chain.from_iterable(hf_names(name, c) for name in state)]
     assert len(set(names)) == len(names)
     rows = sum(len(t) if t.ndim == 3 else 1 for t in state.values())

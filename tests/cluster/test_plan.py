@@ -29,7 +29,7 @@ from dsv3_ref.scale import NO_OVERHEADS, wall_clock_factor
 from dsv3_ref.training.objective import RowBatch
 from dsv3_ref.training.settings import parse_args, validate_args
 
-SMALL = replace(TINY, vocab_size=512, n_layers=5, embed_std=0.02)
+SMALL = replace(TINY, vocab_size=512, n_layers=4, embed_std=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -201,11 +201,10 @@ def opened(shape, name: str, ranks_per_node: int, cp: int):
     with pytest.MonkeyPatch.context() as patch:
         for call in ("isend", "irecv"):
             patch.setattr(dist, call, recorded(getattr(dist, call), 1, pairs, names))
-        config = replace(SMALL, n_layers=8)
         settings = EngineSettings(name, ranks_per_node=ranks_per_node)
-        engine = ParallelEngine(config, RECIPES["tiny"], mesh, settings)
+        engine = ParallelEngine(SMALL, RECIPES["tiny"], mesh, settings)
         with ops.use("zero_bubble", "auto"):
-            rows = torch.randint(SMALL.vocab_size, (16, 17))
+            rows = torch.randint(SMALL.vocab_size, (4, 17))
             engine.train_step(rows, RECIPES["tiny"], 1e-3, 1e-3, 0.3)
             patch.setattr(dist, "all_reduce", of_counted_groups(dist.all_reduce, names))
             engine.pipeline.read_out(RowBatch(rows), lambda h_bsd, *_: h_bsd[:, 0, :1].float(), 1)
@@ -233,7 +232,7 @@ def recorded(call, place: int, pairs: set, names: dict):
 @pytest.mark.parametrize("name, cp", [("1f1b", 1), ("dualpipe", 4), ("dualpipev", 1)])
 def test_real_ranks_open_as_many_communicators_as_planned(name, cp, tmp_path, gang):
     config = tmp_path / "small.json"
-    config.write_text(json.dumps(asdict(replace(SMALL, n_layers=8))))
+    config.write_text(json.dumps(asdict(SMALL)))
     plan = PlanConfig(
         str(config), 2, 4, 1, cp, name, seq_len=64, global_batch_size=16, ep_ranks_per_node=2
     )

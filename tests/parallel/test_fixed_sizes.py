@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -137,15 +138,14 @@ def test_what_exceeds_the_sizes_is_counted(gang):
 # ── Whole steps ──
 
 
-def compare_engines(shape, name: str, ranks_per_node: int, capacity: float, precision="fp32"):
-    """Take two steps with exact and with fixed sizes.
+def compare_engines(shape, name: str, ranks_per_node: int, *capacities: float, precision="fp32"):
+    """Take two steps with exact sizes and with each of the fixed ones.
 
-    Return the numbers of both, how often batches of the second were repeated, and by how many rows
-    each step exceeded its sizes.
+    Return for each the numbers of the steps, how many batches were repeated so far, and by how many
+    rows each step exceeded its sizes.
     """
     mesh, recipe = Mesh(*shape, CPU), RECIPES["tiny"]
-    numbers, overflows = [], []
-    said = []
+    runs, said = [], []
     fp8, backends = precision == "fp8", ("zero_bubble", "auto")
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -153,41 +153,41 @@ def compare_engines(shape, name: str, ranks_per_node: int, capacity: float, prec
         torch.autocast("cpu", torch.bfloat16, enabled=fp8),
     ):
         patch.setattr(pipeline.tqdm, "write", lambda text, *_: said.append(text))
-        for factor in (0.0, capacity):
+        for factor in (0.0, *capacities):
             settings = EngineSettings(
                 name, precision=precision, ranks_per_node=ranks_per_node, fp8_dispatch=fp8,
                 dispatch_capacity=factor,
             )  # fmt: skip
             engine = ParallelEngine(MICRO, recipe, mesh, settings, 1)
             torch.manual_seed(3)
+            numbers, overflows = [], []
             for _ in range(2):
-                stats = engine.train_step(torch.randint(64, (9, 17)), recipe, 1e-3, 1e-2, 0.3)
+                stats = engine.train_step(torch.randint(64, (5, 17)), recipe, 1e-3, 1e-2, 0.3)
                 numbers.append([stats.total, stats.grad_norm, *stats.load_le.flatten().tolist()])
                 overflows.append(engine.num_left_out)
-            numbers[-1].append(engine.mean_loss(RowBatch(torch.randint(64, (5, 17)))))
-    return numbers, len(said), overflows
+            numbers.append(engine.mean_loss(RowBatch(torch.randint(64, (5, 17)))))
+            runs.append((numbers, len(said), overflows))
+    return runs
 
 
 STEPS = [((1, 1, 4), "1f1b", 2), ((2, 1, 2), "dualpipe", 0), ((2, 1, 2), "zb1p", 0)]
 
 
 @pytest.mark.parametrize(("shape", "name", "ranks_per_node"), STEPS, ids=str)
-@pytest.mark.parametrize("capacity", [4.0, 0.8])
-def test_steps_are_the_same_to_the_last_bit(shape, name, ranks_per_node, capacity, gang):
+def test_steps_are_the_same_to_the_last_bit(shape, name, ranks_per_node, gang):
     """With 0.8 of the mean every step overflows, and is repeated with exact sizes."""
-    answers = gang.run(4, compare_engines, shape, name, ranks_per_node, capacity)
-    for (first, second, *fixed), repeats, overflows in answers:
-        assert fixed == [first, second]
-        assert [n > 0 for n in overflows] == [False, False, capacity < 1, capacity < 1]
-        assert repeats <= (3 if capacity < 1 else 0)
-    assert answers[0][1] == (3 if capacity < 1 else 0)
+    answers = gang.run(4, compare_engines, shape, name, ranks_per_node, 4.0, 0.8)
+    for exact, ample, scarce in answers:
+        assert exact[0] == ample[0] == scarce[0]
+        assert exact[1] == ample[1] == 0 and scarce[1] <= 3
+        assert exact[2] == ample[2] == [0, 0] and min(scarce[2]) > 0
+    assert answers[0][2][1] == 3
 
 
 def test_emulated_fp8_has_fixed_sizes_too(gang):
-    for (first, second, *fixed), repeats, _ in gang.run(
-        4, compare_engines, (2, 1, 2), "dualpipe", 0, 4.0, "fp8"
-    ):
-        assert fixed == [first, second] and not repeats
+    compare = partial(compare_engines, precision="fp8")
+    for exact, ample in gang.run(4, compare, (2, 1, 2), "dualpipe", 0, 4.0):
+        assert exact[0] == ample[0] and ample[1] == 0
 
 
 # ── The host never waits ──
@@ -275,7 +275,7 @@ def waits_of_a_batch(
     mesh = Mesh(*shape, CPU, cp=cp)
     engine = ParallelEngine(MICRO, RECIPES["tiny"], mesh, settings, objective=objective)
     pipeline = engine.pipeline
-    batch = batch or RowBatch(torch.randint(64, (9, 17)))
+    batch = batch or RowBatch(torch.randint(64, (5, 17)))
     rows = pipeline.split(batch)
     weights = [LossWeights(share, 0.1, 1e-3) for share in pipeline.shares(batch, rows)]
     microbatches = pipeline.microbatches(rows, weights, LossStats())
@@ -292,13 +292,13 @@ def test_no_host_waits_in_a_batch(shape, name, ranks_per_node, gang):
 
 
 def test_no_host_waits_in_a_batch_of_packed_rows(gang):
-    args = (2, 1, 2), "dualpipe", 0, 2.0, False, CompletionLoss(), RowBatch(packed_rows(9, 17))
+    args = (2, 1, 2), "dualpipe", 0, 2.0, False, CompletionLoss(), RowBatch(packed_rows(5, 17))
     assert gang.run(4, waits_of_a_batch, *args) == [{}] * 4
 
 
 @pytest.mark.parametrize("task, cp", [("reward", 1), ("rl", 1), ("rl", 2)])
 def test_no_host_waits_in_a_batch_of_pairs_or_rollouts(task, cp, gang):
-    batch = TASKS[task][0](9)
+    batch = TASKS[task][0](5)
     args = (2, 1, 2), "dualpipe", 0, 2.0, False, make_objective(task, "grpo", batch), batch, cp
     assert gang.run(4, waits_of_a_batch, *args) == [{}] * 4
 
