@@ -25,6 +25,21 @@
 # attention*, GQA): the heads of a group then see the past through the same keys, which may cost quality.
 # Multi-head latent attention (MLA) keeps 576 numbers, one fifty-seventh, and every head still has keys
 # and values of its own.
+#
+# ## Play: a cache calculator
+# How many conversations of 32K tokens fit beside the weights? Which number of groups would make GQA as small as MLA,
+# and which latent would make MLA as small as MQA, which keeps one key and one value for all heads?
+
+# %%
+from dsv3_ref.config import TINY, V2_LITE, V3
+from dsv3_ref.viz.cache import cache_page
+from dsv3_ref.viz.component import embed
+
+configs = {"DeepSeek-V3": V3, "V2-Lite": V2_LITE, "tiny": TINY}
+embed(cache_page(configs), "a cache calculator", height=820)
+
+# %% [markdown]
+# The same against the length of one conversation:
 
 # %%
 import os
@@ -32,7 +47,6 @@ from dataclasses import replace
 
 import torch
 
-from dsv3_ref.config import TINY, V3, count_params
 from dsv3_ref.viz import BLUE, GREEN, GRAY, ORANGE, PINK, checker, figure, play, show
 
 CACHED_NUMBERS = {"MHA, 128 heads": 2 * 128 * 128, "GQA, 8 groups": 2 * 8 * 128, "MLA": 512 + 64}
@@ -843,39 +857,6 @@ show(fig)
 # turns 16, its keys pass through two matrices that start from one small σ, and 0.3M tokens are only the
 # beginning of a training. With eight heads there is also little to save: one pair shared by all costs
 # 0.015 ± 0.011. MLA is made for 128.
-
-# %% [markdown]
-# ## Play: a cache calculator
-# What a cache takes, in GB for all layers: MHA, GQA with eight groups and MQA keep keys and values of 128
-# dims for each of their key-value heads, MLA one latent and one turned key for all. V3's numbers are the
-# start; the dashed line is all the memory of one H800.
-
-
-# %%
-def draw_cache(log2_context=15, sequences=32, heads=128, latent=512, rope=64, layers=61, bits=16):
-    """Draw the cache's size under four kinds of attention; return it in GB."""
-    tokens = sequences * 2**log2_context
-    numbers = {"MHA": 2 * heads * 128, "GQA, 8 groups": 2 * 8 * 128, "MQA": 2 * 128,
-               "MLA": latent + rope}  # fmt: skip
-    gb = {name: n * layers * tokens * bits / 8 / 1e9 for name, n in numbers.items()}
-    fig, ax = figure(1, 1, 8, 2.4)
-    named = [f"{name}: {x:,.1f} GB" for name, x in gb.items()]
-    ax.barh(named, list(gb.values()), color=[GRAY, GRAY, GRAY, ORANGE])
-    ax.axvline(80, color="black", ls="--", lw=1)
-    ax.set(xscale="log", xlim=(min(gb.values()) / 4, max(gb.values()) * 2), xlabel="GB (log)")
-    ax.set_title(f"{sequences} sequences of {2**log2_context:,} tokens")
-    ax.invert_yaxis()
-    show(fig)
-    return gb
-
-
-gb = draw_cache()
-assert abs(gb["MLA"] / gb["MHA"] - (V3.kv_lora_rank + V3.qk_rope_head_dim) / (2 * 128 * 128)) < 1e-9
-assert gb["MLA"] == count_params(V3).cache_bytes * 32 * 32_768 / 1e9
-
-# %%
-play(draw_cache, log2_context=(10, 17, 1), sequences=(1, 256, 1), heads=[128, 16, 32, 64],
-     latent=[512, 128, 256, 1024], rope=[64, 32, 128], layers=[61, 27, 4], bits=[16, 8])  # fmt: skip
 
 # %% [markdown]
 # ## Play: when does which form win?
