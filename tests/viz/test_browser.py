@@ -61,6 +61,10 @@ WATCH = """from dsv3_ref.viz import live
 size = "--start-batch-size 1 --global-batch-size 1 --seq-len 32"
 control = live.launch_run(f"train --config tiny --steps 400 {size}")
 """
+EMBED = """from dsv3_ref.viz.component import embed
+from dsv3_ref.viz.schedule import schedule_page
+embed(schedule_page(), "a pipeline, step by step", height=1100)
+"""
 REDRAWN = """before => [...document.querySelectorAll(".jp-Cell.jp-mod-active img")]
     .some(image => !before.includes(image.src))"""
 BEYOND = """n => +document.querySelector("[role=status]").innerText.match(/step (\\d+)/)?.[1] > n"""
@@ -223,6 +227,17 @@ def test_every_control_redraws_its_figure(lab, page, chapter, lines):
             move(page, control, by)
             page.wait_for_function(REDRAWN, arg=before, timeout=60_000)
     assert page.evaluate(FAILED) == []
+
+
+@pytest.mark.full
+def test_a_page_in_a_frame_can_be_played(lab, page):
+    page.goto(f"{lab}/lab/tree/notebooks/short.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.evaluate(NEW_CELL, EMBED)
+    frame = page.frame_locator("iframe[title='a pipeline, step by step']")
+    frame.get_by_role("radio", name="1F1B").click(timeout=60_000)
+    frame.get_by_role("button", name="One event on").click()
+    assert frame.locator("#time-value").inner_text() == "1.0"
 
 
 @pytest.mark.full  # test_live does the same without a browser
