@@ -21,6 +21,7 @@ from dsv3_ref.serving.detokenizer import (
     StopMatcher,
     StreamDetokenizer,
     byte_of_sign,
+    partial_stop_length,
     token_bytes,
 )
 from dsv3_ref.serving.output_processor import (
@@ -359,6 +360,12 @@ def test_a_stop_string_is_found_as_by_searching_the_whole_text(pieces, stop):
         text += piece
         partial = [n for n in range(len(stop)) if text.endswith(stop[:n])]
         assert matcher.num_matched == max(partial)
+
+
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=5))
+def test_what_may_begin_a_stop_string_is_shorter_than_it(text, stop):
+    ends = [n for n in range(len(stop)) if text.endswith(stop[:n])]
+    assert partial_stop_length(text, stop) == max(ends)
 
 
 def test_long_stop_strings_cost_little_for_each_token():
