@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from miniruns import apart, own_caches, prose
+from tokenizers import Tokenizer, processors
 
 from dsv3_ref.config import UserError
 from dsv3_ref.data import files, hub, loader
@@ -292,6 +293,15 @@ def test_a_tokenizer_is_trained_once(monkeypatch):
             loader.load_or_train_tokenizer(*other, said.append)
 
 
+def test_a_tokenizer_is_not_kept_where_nothing_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "writable_cache_dir", lambda: None)
+    monkeypatch.setattr(loader, "cache_dir", lambda: tmp_path)
+    said = []
+    for _ in range(2):
+        loader.load_or_train_tokenizer([source(TEXTS)], 320, said.append)
+    assert len(said) == 2 and not any(tmp_path.iterdir())
+
+
 def test_a_tokenizer_learns_from_training_text_alone_by_weight():
     a, b = source(TEXTS, weight=3.0), source([t.upper() for t in TEXTS])
     found = loader.sample_texts([a, b], budget=8000)
@@ -327,6 +337,20 @@ def test_a_document_comes_back_from_its_tokens(text, rate, seed):
     assert undo(ids) == text
     marked = sum(i in (ID[tok.FIM_BEGIN], ID[tok.FIM_HOLE], ID[tok.FIM_END]) for i in ids)
     assert marked == (0 if rate == 0 or ID[tok.FIM_BEGIN] not in ids else 3)
+
+
+def test_a_tokenizer_that_adds_marks_adds_none_to_documents():
+    """Those of Llama begin every text with one."""
+    adding = Tokenizer.from_str(TOKENS.to_str())
+    adding.post_processor = processors.TemplateProcessing(
+        f"{tok.BOS} $A", special_tokens=[(tok.BOS, ID[tok.BOS])]
+    )
+    assert adding.encode("a").ids[0] == ID[tok.BOS]
+    for rate in (0.0, 1.0):
+        r = PackedDataLoader([source(TEXTS)], adding, 33, 0, rate)
+        assert r.encode(TEXTS[0], random.Random(1)).count(ID[tok.BOS]) == 1
+    windows = zip(val_windows(TEXTS, adding, 9), val_windows(TEXTS, TOKENS, 9), strict=True)
+    assert all(torch.equal(a, b) for a, b in windows)
 
 
 def test_fim_is_prefix_suffix_middle():

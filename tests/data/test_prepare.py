@@ -332,6 +332,13 @@ def test_mistakes_are_sentences(more, sentence, home, tmp_path, capsys):
         prepare.prepare_shards(args)
 
 
+def test_the_limits_of_deduplication(home, tmp_path):
+    for good, bad in ((0.0, -0.01), (1.0, 1.01)):
+        prepare.validate_prepare_args(plan(home, tmp_path, dedup=good))
+        with pytest.raises(UserError, match="--dedup is a fraction from 0 to 1"):
+            prepare.validate_prepare_args(plan(home, tmp_path, dedup=bad))
+
+
 def test_folders_that_are_no_place_for_shards(home, whole, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(UserError, match="holds other files, such as mine.txt"):
@@ -677,6 +684,10 @@ def test_a_flipped_bit_is_found_when_its_block_is_read(tmp_path, monkeypatch):
         assert documents[i].tolist() == want
     else:
         pytest.fail("no document lies in the changed block")
+
+
+def test_a_split_without_shards_has_no_documents(tmp_path):
+    assert list(shards.Documents(tmp_path, [], "<u2", 400)) == []
 
 
 def test_no_folder_of_shards(tmp_path):

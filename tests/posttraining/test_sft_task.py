@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from dsv3_ref.data.conversations import (
 from dsv3_ref.data.chat_template import ChatTemplate
 from dsv3_ref.config import TINY
 from dsv3_ref.data.packing import PackedDataset, flag_sample
-from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer
+from dsv3_ref.data.tokenizer import get_special_tokens, load_tokenizer, train_tokenizer
 from dsv3_ref.model import Transformer
 from dsv3_ref.posttraining import sft as sft_module
 from dsv3_ref.posttraining.sft import SFTConfig, SFTTask, flagged_loss, last_prompt
@@ -141,6 +142,18 @@ RECIPE = SFTConfig.RECIPES["tiny"]
 SAMPLES = [  # tokens, and which of them are answers
     ([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10, 11], [0, 1, 0]), ([12, 13], [1, 1]),
 ]  # fmt: skip
+
+
+def test_rows_have_one_token_more_than_are_predicted(tmp_path, monkeypatch):
+    """The first token of a row is only read, the last one only predicted."""
+    chat = ChatTemplate(train_tokenizer(["one, two, three! "] * 20, 320))
+    monkeypatch.setattr(sft_module, "find_chat_template", lambda _: chat)
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(json.dumps(talk(f"count {i}", "one, two")) for i in range(60)))
+    recipe = replace(RECIPE, seq_len=48, steps=0)
+    data = SFTTask(SFTConfig(model=TINY, recipe=recipe, data=(str(path),))).build_data()
+    rows = [*data.loader.rows, *chain.from_iterable(data.val[str(path)])]
+    assert {len(row) for row in rows} == {49}
 
 
 def flagged(i: int) -> list[int]:

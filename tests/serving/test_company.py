@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -348,6 +348,8 @@ def test_any_tokens_become_the_text_that_the_tokenizer_decodes(ids):
 
 
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=7))
+@example(["aaaab"], "aaab")  # a false start, in which the right one begins
+@example(["ababab", "abb"], "ababb")
 def test_a_stop_string_is_found_as_by_searching_the_whole_text(pieces, stop):
     matcher = StopMatcher(stop)
     text = ""
