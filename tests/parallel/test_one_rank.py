@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from test_fixed_sizes import SHAPE, run_layer
-from test_parallel import compare_training
+from test_parallel import compare_training, micro, step_alone
 
 from dsv3_ref.config import TINY
 from dsv3_ref.model import Transformer
@@ -61,9 +61,9 @@ def build(schedule: str = "1f1b", **options) -> ParallelEngine:
 )
 def test_a_step_is_that_of_a_plain_model(schedule, zero, is_packed):
     """DualPipeV has two stages even on one rank, which hand each other their results."""
-    errors, same, difference = compare_training(
-        (1, 1, 1), schedule, zero, 0, torch.float64, is_packed
-    )
+    want = step_alone(micro(1), torch.float64, is_packed)
+    setting = (1, 1, 1), schedule, zero, 0, torch.float64, is_packed, 1, want
+    errors, same, difference = compare_training(*setting)
     assert max(errors.values()) < 1e-13 and same and difference < 1e-13
 
 
