@@ -486,12 +486,18 @@ def merge_resume_args(args: TrainConfig, before: TrainConfig) -> TrainConfig:
     old, new = flatten_options(before), flatten_options(args)
     for name in (n for n in old if n not in CHANGEABLE_ON_RESUME and old[n] != new[n]):
         raise UserError(
-            f"{before.out} was started with {option_flag(name)} {old[name]}, not {new[name]}: "
+            f"{before.out} was started with {option_flag(name)} {show_option(old[name])}, not "
+            f"{show_option(new[name])}: "
             "leave the option out, because a resumed run keeps its settings"
         )
     has_tokenizer = (before.out / "tokenizer.json").is_file()
     tokenizer = before.out if has_tokenizer else args.tokenizer
     return replace(args, out=before.out, resume=True, tokenizer=tokenizer)
+
+
+def show_option(value: Any) -> str:
+    """Return the value of an option as it stands on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def flatten_options(args: TrainConfig) -> dict[str, Any]:

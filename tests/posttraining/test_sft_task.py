@@ -219,7 +219,7 @@ def test_answers_to_held_out_prompts_fit_the_model(room, num_new, monkeypatch):
     task.samples = [flag_sample([5, 6, 8, 7], [False, False, False, True])]
     tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     chat = SimpleNamespace(stop_token_ids=(1, 1))
-    data = SimpleNamespace(tokenizer=tokenizer, chat=chat, names=["a", "b"])
+    data = SimpleNamespace(tokenizer=tokenizer, chat=chat, names=["a", "b"], val_name="a")
     data.batch_size_schedule = [2, 3]
     models = iter(["model", None])
     strategy = SimpleNamespace(load_whole_model=lambda _: next(models), device=torch.device("cpu"))
