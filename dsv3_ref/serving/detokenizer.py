@@ -3,7 +3,7 @@
 import codecs
 import re
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer, decoders
 
@@ -170,16 +170,29 @@ def partial_stop_length(text: str, stop: str) -> int:
 # ── A growing text ──
 
 
+class Passage(Protocol):
+    """A passage at the beginning of a growing text."""
+
+    pending: str  # characters that may belong to it or not
+
+    def push(self, text: str, is_last: bool = False) -> tuple[str, str]:
+        """Append text; return what is certain of the passage and of what follows it."""
+
+
 class StreamDetokenizer:
     """Incremental detokenizer that withholds incomplete characters and stop strings.
 
     It reads token by token, so that the text does not depend on how many tokens arrive together.
+    thoughts: those with which the text may begin, which no stop string ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()):
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), thoughts: Passage | None = None
+    ):
         decoder = ByteDecoder if is_byte_level(tokenizer) else WindowDecoder
         self.decoder: ByteDecoder | WindowDecoder = decoder(tokenizer)
         self.matchers = [StopMatcher(s) for s in stop]
+        self.thoughts = thoughts
         self.withheld = ""  # complete characters that may begin a stop string
         self.num_emitted = 0  # characters
         self.start_of_token = 0  # characters before the one in which the last token begins
@@ -191,7 +204,7 @@ class StreamDetokenizer:
 
     def push_token(self, token: int) -> str:
         """Append one token, as `push` does, and update `start_of_token`."""
-        num_characters = self.num_emitted + len(self.withheld)
+        num_characters = self.num_emitted + self.num_withheld
         new = self.decoder.push(token)
         self.start_of_token = num_characters + self.decoder.broke_pending
         return self.emit(new)
@@ -201,14 +214,22 @@ class StreamDetokenizer:
         return self.emit(self.decoder.flush(), is_last=True)
 
     @property
+    def num_withheld(self) -> int:
+        """The number of complete characters that were not returned yet."""
+        return len(self.withheld) + (len(self.thoughts.pending) if self.thoughts else 0)
+
+    @property
     def end_of_token(self) -> int:
         """The number of characters that must be returned before the last token's text has been."""
-        return self.num_emitted + len(self.withheld) + self.decoder.has_pending + self.ended
+        return self.num_emitted + self.num_withheld + self.decoder.has_pending + self.ended
 
     def emit(self, new: str, is_last: bool = False) -> str:
         """Return the text up to a stop string or to what may begin one."""
         if self.ended:
             return ""
+        before = ""
+        if self.thoughts:
+            before, new = self.thoughts.push(new, is_last)
         text = self.withheld + new
         starts = [start for matcher in self.matchers if (start := matcher.push(new)) is not None]
         if starts:
@@ -218,8 +239,8 @@ class StreamDetokenizer:
             partial = max((matcher.num_matched for matcher in self.matchers), default=0)
             end = len(text) - (0 if is_last else partial)
         self.withheld = "" if self.ended else text[end:]
-        self.num_emitted += end
-        return text[:end]
+        self.num_emitted += len(before) + end
+        return before + text[:end]
 
 
 # ── One token ──

@@ -46,10 +46,11 @@ def parse_fields(body: JSONObject, fields: Mapping[str, Field]) -> JSONObject:
     """
     values = {}
     for name, value in body.items():
+        if value is None:
+            continue
         if name not in fields:
             raise InvalidField(name[:60], f"unknown field {json.dumps(name)[:60]}: leave it out")
-        if value is not None:
-            values[name] = fields[name].parse(name, value)
+        values[name] = fields[name].parse(name, value)
     return values
 
 

@@ -134,6 +134,7 @@ def chat_fields(limits: FieldLimits) -> dict[str, Field]:
         "add_generation_prompt": flag(),
         "continue_final_message": flag(),
         "chat_template_kwargs": anything({"type": "object"}),
+        "echo": only(False),  # as in vLLM
         "separate_reasoning": flag(),  # as in SGLang
         "parallel_tool_calls": ignored("boolean"),
         "functions": only([]),
@@ -206,6 +207,12 @@ class CompletionRequest:
         if self.separates_reasoning:
             return AnswerParser(self.call_marks, thoughts=ThoughtParser(self.opening))
         return AnswerParser(self.call_marks, thoughts=ThoughtPassage(self.opening))
+
+    def make_passage(self) -> ThoughtPassage | None:
+        """Return the thoughts that no stop string ends: those that are returned separately."""
+        if not self.separates_reasoning:
+            return None
+        return ThoughtPassage(place="inside" if self.opening else "before")
 
 
 def make_request(values: JSONObject, chat: bool, seed: int) -> CompletionRequest:

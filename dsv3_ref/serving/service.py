@@ -417,7 +417,7 @@ class Service:
             echo=request.echo,
             returns_token_ids=request.returns_token_ids,
             sink=sink,
-            text=StreamDetokenizer(self.tokenizer, request.stop),
+            text=StreamDetokenizer(self.tokenizer, request.stop, request.make_passage()),
         )
 
     def make_sampling_params(self, request: CompletionRequest, index: int) -> SamplingParams:

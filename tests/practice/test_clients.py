@@ -75,11 +75,12 @@ NULLABLE = [
 def test_null_is_absent(post, path):
     """Clients in Java, Go and C# serialize what is not set as null: vllm #19862 (max_tokens)."""
     more = {
-        COMPLETE: ["best_of", "echo", "suffix"],
+        COMPLETE: ["best_of", "echo", "suffix", "prompt_logprobs"],  # a field of vLLM
         CHAT: [
             "top_logprobs", "tools", "tool_choice", "parallel_tool_calls", "response_format",
             "functions", "function_call", "modalities", "audio", "prediction", "reasoning_effort",
-            "verbosity", "web_search_options", "prompt_cache_key", "safety_identifier",
+            "verbosity", "web_search_options", "prompt_cache_key", "safety_identifier", "echo",
+            "guided_json",
         ],
     }  # fmt: skip
     want = text_of(answer(post, path))
@@ -664,6 +665,7 @@ def test_what_changes_nothing_is_accepted(post):
         "parallel_tool_calls": True, "tools": [], "tool_choice": "auto", "functions": [],
         "response_format": {"type": "text"}, "modalities": ["text"], "logit_bias": {},
         "stop": [], "prompt_cache_key": "k", "safety_identifier": "s", "verbosity": "medium",
+        "echo": False,  # vllm #10111
     }  # fmt: skip
     assert text_of(answer(post, CHAT, **neutral)) == text_of(answer(post, CHAT))
 

@@ -4,6 +4,7 @@ import json
 from itertools import chain
 
 import httpx
+import openai
 import pytest
 from chat_forms import EOS, FORMS, form_tokenizer
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from dsv3_ref.data.conversations import read_conversations
 from dsv3_ref.data.messages import normalize_messages
 from dsv3_ref.data.tokenizer import train_tokenizer
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings
+from dsv3_ref.serving.detokenizer import ByteDecoder
 from dsv3_ref.serving.thoughts import ThoughtParser, ThoughtPassage
 from dsv3_ref.serving.tool_calls import FORMS as MARKS
 from dsv3_ref.serving.tool_calls import AnswerParser
@@ -183,6 +185,34 @@ def test_thoughts_are_reasoning_content_where_a_client_wants_them_so(speaking, h
         choice = client.chat.completions.create(**body).choices[0]
     assert (choice.message.reasoning_content, choice.message.content) == ("so it", "")
     assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("text", "thoughts", "answer"),
+    [
+        ("4 is</think>It is 4, yes", "4 is", "It is "),
+        ("so 4 or </think", "so 4 or </think", ""),
+        ("so</think>4", "so", ""),
+        ("<think>4</think>so", "<think>4", "so"),  # the prompt has opened the thoughts already
+    ],
+)
+def test_a_stop_text_ends_no_thoughts(home, monkeypatch, text, thoughts, answer):
+    """vllm-project/vllm #38499 and #14170: thoughts ended at it, and the answer was empty."""
+    pieces: list[str] = []
+    monkeypatch.setattr(ByteDecoder, "push", lambda self, _: pieces.pop(0) if pieces else "")
+    body = asked(home, separate_reasoning=True) | {"stop": "4", "max_tokens": len(text)}
+    with served(home) as (base, _):
+        client = openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
+        pieces[:] = text
+        choice = client.chat.completions.create(**body).choices[0]
+        assert (choice.message.reasoning_content, choice.message.content) == (thoughts, answer)
+        assert choice.finish_reason == (
+            "stop" if "4" in text.partition("</think>")[2] else "length"
+        )
+        pieces[:] = text
+        stream = [x.choices[0].delta for x in client.chat.completions.create(**body, stream=True)]
+        assert "".join(getattr(x, "reasoning_content", None) or "" for x in stream) == thoughts
+        assert "".join(x.content or "" for x in stream) == answer
 
 
 def test_the_option_of_the_server_is_the_default_of_its_requests(home):
