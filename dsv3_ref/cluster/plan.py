@@ -224,6 +224,9 @@ def count_params_by_rank(
     return counts, stages
 
 
+mean_rows = cache(dispatch_rows)  # a draw of 4,096 tokens, which every estimate asks for
+
+
 def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
     """Return what the memory of a rank depends on besides its weights."""
     per_pipeline = plan.global_batch_size // num_data_indices(plan)
@@ -237,7 +240,7 @@ def memory_settings(plan: PlanConfig, config: Config) -> MemorySettings:
         tokens=plan.seq_len // plan.cp,
         fp8=plan.precision == "fp8",
         stream=2,  # bf16 in both precisions
-        rows=dispatch_rows(config, plan.ep, plan.ep_ranks_per_node),
+        rows=mean_rows(config, plan.ep, plan.ep_ranks_per_node),
         cp=plan.cp,
         fixed=fixed_rows(
             config, plan.ep, plan.ep_ranks_per_node, plan.seq_len // plan.cp, plan.dispatch_capacity

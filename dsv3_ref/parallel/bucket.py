@@ -113,14 +113,26 @@ def rank_state_bytes(
     return StateBytes(*map(sum, zip(*buckets)))
 
 
+@cache
+def bucket_keys(
+    config: Config, stages_by_rank: tuple[tuple[int, ...], ...], precision: Precision
+) -> dict[str, BucketKey]:
+    """Return the key of the bucket of every parameter of the whole model."""
+    return {
+        name: bucket_key(name, len(shape), config, stages_by_rank, precision)
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
 def bucket_shapes(
     config: Config, stages_by_rank: Sequence[Sequence[int]], pp_rank: int, ep: int,
     precision: Precision,
 ) -> dict[BucketKey, list[torch.Size]]:  # fmt: skip
     """Return the shapes of the parameters in each bucket of a rank."""
     shapes: dict[BucketKey, list[torch.Size]] = {}
+    keys = bucket_keys(config, tuple(map(tuple, stages_by_rank)), precision)
     for name, shape in parameter_shapes(config).items():
-        key = bucket_key(name, len(shape), config, stages_by_rank, precision)
+        key = keys[name]
         if pp_rank in key.owners:
             first, *rest = shape
             local = torch.Size((first // ep, *rest)) if key.expert else shape
