@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PRIVATE, LAST = 0xF0000, 0x10FFFF  # Unicode's private characters, up to its last one
 OPEN_THOUGHT = re.compile(rf"({THINK_TAG.pattern})\s*$")  # at the end of a prompt
 THOUGHT_TOKENS = 12  # that “<think>\n\n” has at most
+MAX_MISSED_CHARACTERS = 1 << 27  # of a rendered text that is searched in vain: about 3 s
 OWN_ROLES = "system", "user", "assistant"
 
 
@@ -399,11 +400,13 @@ def check_said(template: JinjaTemplate, messages: Sequence[Message], text: str) 
     """Raise a `UserError` if a template drops what somebody other than the assistant says.
 
     A template without a role drops such turns without a word. Templates drop an assistant's
-    thoughts on purpose. What is said later usually stands later, so it is looked for there first:
-    the time is then linear in the text.
+    thoughts on purpose. What a role says later stands later, also where the template moves system
+    texts to the front, so it is looked for there first: the time is then linear in the text. Of
+    what is in another order only so much is looked for that no conversation takes long.
     """
-    position = 0
+    positions: dict[str, int] = {}  # by role
     as_json: set[str] = set()  # roles whose texts the template writes so
+    num_missed = 0
     for i, turn in enumerate(messages, start=1):
         if turn["role"] == "assistant":
             continue
@@ -411,10 +414,17 @@ def check_said(template: JinjaTemplate, messages: Sequence[Message], text: str) 
         forms = [content, json.dumps(content, ensure_ascii=False)[1:-1]]
         if turn["role"] in as_json:
             forms.reverse()
+        position = positions.get(turn["role"], 0)
         place, form = find_said(text, forms, position)
         if form != content:
             as_json.add(turn["role"])
-        position = max(position, place)
+        num_missed += place < position or form != forms[0]
+        if num_missed * len(text) > MAX_MISSED_CHARACTERS:
+            raise UserError(
+                f"the chat template of {template.source} puts the turns into another order, and "
+                "there are too many to follow them: send fewer turns"
+            )
+        positions[turn["role"]] = max(position, place)
         if place < 0:
             role = "a system text" if turn["role"] == "system" else f"turn {i}, by {turn['role']!r}"
             raise UserError(

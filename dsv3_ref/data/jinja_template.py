@@ -24,6 +24,7 @@ from dsv3_ref.data.worker_process import WorkerProcess, answer_lines
 
 RENDER_SECONDS = 10.0  # of a rendering, which takes milliseconds
 RENDER_MEMORY = 1 << 30  # of address space
+SMALL_QUESTION = 1 << 18  # characters of JSON that never wait for more of them
 MAX_CHARACTERS = 1 << 26  # of a rendered conversation
 MAX_MESSAGE = 1000  # characters of an error
 GENERATION_MARKS = "dsv3_generation_marks"  # the variable with the marks of {% generation %}
@@ -120,8 +121,8 @@ class JinjaTemplate:
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         """Return the answer of the process that renders; raise a `UserError` if it has none."""
-        renderer = shared_renderer()
         line = json.dumps(question, default=str)
+        renderer = shared_renderer(len(line) > SMALL_QUESTION)
         with renderer.lock:
             renderer.ensure_started()
             try:
@@ -147,8 +148,11 @@ def call_text(call: Any) -> str | None:
 
 
 @cache
-def shared_renderer() -> WorkerProcess:
-    """Return the process that renders the templates of this one."""
+def shared_renderer(for_large: bool) -> WorkerProcess:
+    """Return the process that renders the templates of this one, another for large questions.
+
+    A template may take a time quadratic in the conversation: V3's does, in the system texts.
+    """
     name = "dsv3_ref.data.jinja_template"
     return WorkerProcess(
         name, f"python -m {name}, which renders chat templates, does not start: reinstall jinja2"

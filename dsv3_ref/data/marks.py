@@ -20,6 +20,7 @@ HALF_CHARACTER = (
 Encode = Callable[[str], list[int]]  # text → tokens, none of them special
 # In these tags an assistant writes its thoughts: they are part of what it says.
 THINK_TAGS = "<think>", "</think>"
+SPACE = re.compile(r"\s*")
 THINK_TAG = re.compile(r"[<◁]/?(?:think|thinking|thought|reasoning)[>▷]")
 
 
@@ -78,6 +79,12 @@ def accept_any_length(num_bytes: int) -> None:
 def num_utf8_bytes(text: str) -> int:
     """Return the number of bytes of a text in UTF-8; a lone half of a character counts as one."""
     return len(text.encode(errors="replace"))
+
+
+def skip_space(text: str, position: int) -> int:
+    """Return the place of the first character from a position on that is not white space."""
+    match = SPACE.match(text, position)
+    return match.end() if match else position
 
 
 class MarkedTextEncoder:
@@ -157,9 +164,8 @@ class MarkedTextEncoder:
         for match in self.find_marks(text, edge):
             left, right = self.strips.get(match[0], (False, False))
             before = text[position : match.start()].replace(edge, "")
-            skipped = len(text[match.end() :]) - len(text[match.end() :].lstrip()) if right else 0
             yield before.rstrip() if left else before, match[0]
-            position = match.end() + skipped
+            position = skip_space(text, match.end()) if right else match.end()
         yield text[position:].replace(edge, ""), ""
 
     def find_marks(self, text: str, edge: str) -> Iterator[re.Match[str]]:

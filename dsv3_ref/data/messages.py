@@ -182,16 +182,17 @@ def join_text_parts(i: int, parts: Sequence[object]) -> str:
 
 
 def iter_texts(value: object) -> list[str]:
-    """Return all texts of a JSON value, keys included."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        parts: list[object] = [*value.keys(), *value.values()]
-    else:
-        parts = list(value) if isinstance(value, list | tuple) else []
+    """Return all texts of a JSON value, keys included, in any order."""
     texts: list[str] = []
-    for part in parts:
-        texts += iter_texts(part)
+    parts: list[object] = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict):
+            parts += [*part.values(), *part]
+        elif isinstance(part, list | tuple):
+            parts += part
     return texts
 
 

@@ -1,5 +1,7 @@
 """Marks in texts: those that are meant become tokens, those that are quoted remain characters."""
 
+import time
+
 import pytest
 from chat_forms import ASSISTANT, FORMS, USER, form_tokenizer
 from hypothesis import given
@@ -24,6 +26,14 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def encoder(tokenizer) -> MarkedTextEncoder:
     return MarkedTextEncoder(tokenizer)
+
+
+def test_many_marks_that_take_spaces_are_found_in_linear_time(encoder):
+    text = "<r> \n" * 20_000 + "a" * 2_000_000
+    start = time.process_time()
+    pieces = [*encoder.split_at_marks(text, EDGE)]
+    assert time.process_time() - start < 1
+    assert pieces == [("", "<r>")] * 20_000 + [("a" * 2_000_000, "")]
 
 
 PIECES = st.sampled_from(

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,22 @@ def test_a_template_without_end_is_refused(template, monkeypatch):
     assert time.monotonic() - start < 8
     good = chat_with("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert good.render_prompt([{"role": "user", "content": "a"}])
+
+
+def test_no_conversation_waits_for_the_template_of_a_much_longer_one():
+    """V3's template takes seconds for 3 MB of system texts: all others waited for its process."""
+    good = chat_with("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    done = threading.Event()
+
+    def ask() -> None:
+        good.render_prompt([{"role": "user", "content": "a" * 1000}])
+        done.set()
+
+    with jinja_template.shared_renderer(True).lock:  # a long one is being rendered
+        threading.Thread(target=ask, daemon=True).start()
+        assert done.wait(20)
+        done.clear()
+    assert good.render_prompt([{"role": "user", "content": "a" * jinja_template.SMALL_QUESTION}])
 
 
 ESCAPES = [

@@ -103,7 +103,12 @@ def test_fields_without_a_value_are_dropped():
 
 
 def test_all_texts_of_a_value():
-    assert iter_texts([{"a": ["b", 5]}, None, ("c", "d")]) == ["a", "b", "c", "d"]
+    assert sorted(iter_texts([{"a": ["b", 5]}, None, ("c", "d")])) == ["a", "b", "c", "d"]
+    deep: list = ["a"] * 200_000
+    for _ in range(2000):
+        deep = [deep]
+    start = time.process_time()
+    assert len(iter_texts(deep)) == 200_000 and time.process_time() - start < 1
 
 
 def test_a_weight_is_0_or_1():

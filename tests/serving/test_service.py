@@ -465,6 +465,21 @@ def test_what_a_template_drops_is_found_in_linear_time():
         check_said(template, [turns[1], turn("user", "b"), turns[2]], text)
 
 
+def test_no_order_of_turns_takes_long_to_follow():
+    """A body of 2 MB once took two minutes: V3's template moves system texts to the front."""
+    template = SimpleNamespace(source="m")
+    systems, long = [turn("system", "aab")] * 2_000, turn("user", "a" * 2_000_000)
+    moved = "".join(each["content"] for each in [*systems, turn("user", "b"), long])
+    users = [turn("user", f"{i:06}" + "a" * 90) for i in range(20_000)]
+    backwards = "".join(each["content"] for each in reversed(users))
+    start = time.process_time()
+    check_said(template, [turn("user", "b"), *systems, long], moved)
+    with pytest.raises(UserError, match="another order, and there are too many"):
+        check_said(template, users, backwards)
+    assert time.process_time() - start < 5
+    check_said(template, users[:50], "".join(each["content"] for each in reversed(users[:50])))
+
+
 @pytest.mark.parametrize("messages", [None, "hi", {}, [[]], [turn("user"), "hi"]], ids=str)
 def test_what_is_no_conversation(service, messages):
     with pytest.raises(InvalidField, match="a list of turns, which are objects") as e:
