@@ -81,7 +81,7 @@ def num_utf8_bytes(text: str) -> int:
     return len(text.encode(errors="replace"))
 
 
-def skip_space(text: str, position: int) -> int:
+def end_of_space(text: str, position: int) -> int:
     """Return the place of the first character from a position on that is not white space."""
     match = SPACE.match(text, position)
     return match.end() if match else position
@@ -165,7 +165,7 @@ class MarkedTextEncoder:
             left, right = self.strips.get(match[0], (False, False))
             before = text[position : match.start()].replace(edge, "")
             yield before.rstrip() if left else before, match[0]
-            position = skip_space(text, match.end()) if right else match.end()
+            position = end_of_space(text, match.end()) if right else match.end()
         yield text[position:].replace(edge, ""), ""
 
     def find_marks(self, text: str, edge: str) -> Iterator[re.Match[str]]:
