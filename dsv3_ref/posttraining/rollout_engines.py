@@ -7,13 +7,14 @@ each engine loads them into its running model. Prompts and completions travel as
 import json
 import os
 import random
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,28 @@ from dsv3_ref.config import UserError
 REQUESTS_PER_ENGINE = 64  # at a time; an engine batches them
 MIN_LOGP, MAX_LOGP = -1e6, 1e-3  # of a token; NaN and the infinities are none
 TIMEOUT = 3600.0  # seconds that an engine may take to sample a group or to load weights
+MAX_ANSWER_BYTES = 1 << 20  # without completions
+MAX_TOKEN_BYTES = 1 << 10  # of JSON for a token, its log-probability and one alternative
+
+
+class SameAddress(urllib.request.HTTPRedirectHandler):
+    """Refusal of redirects, which could take the key and the weights' place to another server."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Return no request: the answer remains an error."""
+
+
+OPENER = urllib.request.build_opener(SameAddress)
+
+
+def read_answer(response: HTTPResponse, max_bytes: int) -> bytes:
+    """Return the body of an answer; raise an `OSError` if it is too long or takes too long."""
+    body, end = bytearray(), time.monotonic() + TIMEOUT
+    while part := response.read1(1 << 20):
+        body += part
+        if len(body) > max_bytes or time.monotonic() > end:
+            raise OSError(f"an answer of more than {max_bytes:,} bytes or {TIMEOUT:.0f} s")
+    return bytes(body)
 
 
 class RolloutEngine:
@@ -48,19 +71,25 @@ class RolloutEngine:
                 "engine?"
             ) from None
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the JSON that the engine answers to a POST of `body`, or to a GET without one."""
+    def call(
+        self, path: str, body: dict[str, Any] | None = None, max_bytes: int = MAX_ANSWER_BYTES
+    ) -> dict[str, Any]:
+        """Return the JSON that the engine answers to a POST of `body`, or to a GET without one.
+
+        Raises a `UserError` for a longer answer, and for a redirect.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                return json.loads(response.read() or b"{}")
+            with OPENER.open(request, timeout=TIMEOUT) as response:
+                return json.loads(read_answer(response, max_bytes) or b"{}")
         except urllib.error.HTTPError as e:
-            text = e.read().decode(errors="replace")[:300]
+            with e:
+                text = e.read(300).decode(errors="replace")
             raise UserError(
                 f"--rollout {self.url}{path} answered {e.code} ({text}): see the engine's log"
             ) from None
-        except (OSError, ValueError, HTTPException) as e:
+        except (OSError, ValueError, RecursionError, HTTPException) as e:
             raise UserError(f"--rollout {self.url}{path} failed ({e}): is it running?") from None
 
     def load_weights(self, folder: Path) -> None:
@@ -77,8 +106,11 @@ class RolloutEngine:
         Raises a `UserError` for what an engine cannot have sampled.
         """
         path, n = "/v1/completions", params["n"]
+        body = {"model": self.model, "prompt": prompt, **params}
+        num_tokens = len(prompt) + n * params["max_tokens"]
+        max_bytes = MAX_ANSWER_BYTES + num_tokens * MAX_TOKEN_BYTES
         with self.expect_protocol(path):
-            choices = self.call(path, {"model": self.model, "prompt": prompt, **params})["choices"]
+            choices = self.call(path, body, max_bytes)["choices"]
             completions = {choice["index"]: self.read_choice(choice, params) for choice in choices}
         if len(choices) != n or set(completions) != {*range(n)}:
             raise UserError(f"--rollout {self.url} did not return {n} completions of a prompt")

@@ -28,6 +28,7 @@ from dsv3_ref.viz.style import in_notebook, show
 from dsv3_ref.viz.training import as_row, has
 
 POLL_SECONDS = 1.0  # seconds between updates of a dashboard
+MAX_BYTES = 1 << 28  # that a server may send at once
 # Windows has no SIGUSR1: there, a run that is stopped ends at once
 STOP_SIGNAL = getattr(signal, "SIGUSR1", signal.SIGTERM)
 # exit code → state
@@ -122,7 +123,8 @@ def fetch_url(url: str, start: int) -> bytes:
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     try:
         with urllib.request.urlopen(request, timeout=5) as response:
-            return response.read() if response.status == 206 else response.read()[start:]
+            new = response.read(MAX_BYTES)
+            return new if response.status == 206 else new[start:]
     except urllib.error.HTTPError as e:
         with e:
             if e.code == 416:  # the file is not longer than `start`

@@ -3,7 +3,8 @@
 import io
 import json
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +22,7 @@ from dsv3_ref.config import UserError, from_dict
 from dsv3_ref.data.tokenizer import save_tokenizer, train_tokenizer
 from dsv3_ref.grpo import generate_rollouts
 from dsv3_ref.model import Transformer
+from dsv3_ref.posttraining import rollout_engines
 from dsv3_ref.posttraining.rollout_engines import RolloutEngine, RolloutEngines
 from dsv3_ref.serving.config import ServeConfig, validate_serve_config
 
@@ -247,9 +249,47 @@ def test_a_long_page_of_an_error_is_cut(monkeypatch):
     def refuse(request, **_):
         raise HTTPError(request.full_url, 502, "Bad Gateway", Message(), io.BytesIO(b"p" * 1000))
 
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(rollout_engines.OPENER, "open", refuse)
     with pytest.raises(UserError, match=r"/v1/models answered 502 \(p{300}\): see"):
         RolloutEngine("http://engine")
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """A server that redirects, answers without an end, slowly, or too deeply nested."""
+
+    def do_GET(self):
+        self.server.asked.append((self.path, self.headers["Authorization"]))
+        place = self.path.split("/")[1]
+        self.send_response(302 if place == "moved" else 200)
+        self.send_header("Location", "/deep/v1/models")
+        self.end_headers()
+        with suppress(OSError):
+            if place == "deep":
+                self.wfile.write(b"[" * 200_000)
+            while place in ("endless", "slow"):
+                self.wfile.write(b" " * (1 if place == "slow" else 1 << 16))
+                time.sleep(0.02 if place == "slow" else 0)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "place, sentence",
+    [("moved", "answered 302"), ("deep", "failed"), ("endless", "an answer of more than 1,048,576"),
+     ("slow", "bytes or 0 s")],
+)  # fmt: skip
+def test_a_hostile_engine_takes_neither_memory_nor_time_nor_the_key(place, sentence, monkeypatch):
+    monkeypatch.setattr(rollout_engines, "TIMEOUT", 0.4 if place == "slow" else 20)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/{place}"
+    with pytest.raises(UserError, match=f"--rollout {url}/v1/models .*{sentence}"):
+        RolloutEngine(url, "key")
+    server.shutdown()
+    server.server_close()
+    assert server.asked == [(f"/{place}/v1/models", "Bearer key")]
 
 
 # ── Without a server ──
@@ -263,7 +303,7 @@ class FakeEngine(RolloutEngine):
         self.model = "m"
         self.answer, self.calls = answer, []
 
-    def call(self, path, body=None):
+    def call(self, path, body=None, max_bytes=0):
         self.calls.append((path, body))
         if self.answer:
             return self.answer(body)
