@@ -25,7 +25,7 @@ REQUESTS_PER_ENGINE = 64  # at a time; an engine batches them
 MIN_LOGP, MAX_LOGP = -1e6, 1e-3  # of a token; NaN and the infinities are none
 TIMEOUT = 3600.0  # seconds that an engine may take to sample a group or to load weights
 MAX_ANSWER_BYTES = 1 << 20  # without completions
-MAX_TOKEN_BYTES = 1 << 10  # of JSON for a token, its log-probability and one alternative
+MAX_SAMPLED_TOKEN_BYTES = 1 << 10  # of JSON for a token, its log-probability and one alternative
 
 
 class SameAddress(urllib.request.HTTPRedirectHandler):
@@ -35,7 +35,7 @@ class SameAddress(urllib.request.HTTPRedirectHandler):
         """Return no request: the answer remains an error."""
 
 
-OPENER = urllib.request.build_opener(SameAddress)
+open_directly = urllib.request.build_opener(SameAddress).open
 
 
 def read_answer(response: HTTPResponse, max_bytes: int) -> bytes:
@@ -81,7 +81,7 @@ class RolloutEngine:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, self.headers)
         try:
-            with OPENER.open(request, timeout=TIMEOUT) as response:
+            with open_directly(request, timeout=TIMEOUT) as response:
                 return json.loads(read_answer(response, max_bytes) or b"{}")
         except urllib.error.HTTPError as e:
             with e:
@@ -108,7 +108,7 @@ class RolloutEngine:
         path, n = "/v1/completions", params["n"]
         body = {"model": self.model, "prompt": prompt, **params}
         num_tokens = len(prompt) + n * params["max_tokens"]
-        max_bytes = MAX_ANSWER_BYTES + num_tokens * MAX_TOKEN_BYTES
+        max_bytes = MAX_ANSWER_BYTES + num_tokens * MAX_SAMPLED_TOKEN_BYTES
         with self.expect_protocol(path):
             choices = self.call(path, body, max_bytes)["choices"]
             completions = {choice["index"]: self.read_choice(choice, params) for choice in choices}

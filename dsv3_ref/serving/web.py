@@ -498,8 +498,8 @@ def build_web_app(generator: TextGenerator[ChatConfig]) -> "ASGIApp":
     blocks.state_session_capacity = MAX_SESSIONS
     app = FastAPI(openapi_url=None)
     app = gr.mount_gradio_app(app, blocks, path="/", ssr_mode=False, **options)
-    app = with_security_policy(app)
-    return limit_requests(app, PAGE_PATHS, MAX_PAGE_BODY_BYTES, check_page_body)
+    with_policy = with_security_policy(app)
+    return limit_requests(with_policy, PAGE_PATHS, MAX_PAGE_BODY_BYTES, check_page_body)
 
 
 def check_page_body(body: bytes) -> None:

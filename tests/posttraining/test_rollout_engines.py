@@ -249,7 +249,7 @@ def test_a_long_page_of_an_error_is_cut(monkeypatch):
     def refuse(request, **_):
         raise HTTPError(request.full_url, 502, "Bad Gateway", Message(), io.BytesIO(b"p" * 1000))
 
-    monkeypatch.setattr(rollout_engines.OPENER, "open", refuse)
+    monkeypatch.setattr(rollout_engines, "open_directly", refuse)
     with pytest.raises(UserError, match=r"/v1/models answered 502 \(p{300}\): see"):
         RolloutEngine("http://engine")
 
