@@ -80,11 +80,15 @@ def validate_config(config: Config) -> None:
             raise UserError(f"{f.name} must be at most {LARGEST}, not {value}")
         if isinstance(f.default, float) and not (isinstance(value, (int, float)) and value >= 0):
             raise UserError(f"{f.name} must be a number of at least 0, not {value!r}")
+        if isinstance(f.default, float) and value > LARGEST_FLOAT:
+            raise UserError(f"{f.name} must be at most {LARGEST_FLOAT}, not {value}")
     rules = [
         (config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even: RoPE turns pairs"),
         (config.n_dense_layers <= config.n_layers, "n_dense_layers cannot exceed n_layers"),
         (config.score_func in ("sigmoid", "softmax"), "score_func is 'sigmoid' or 'softmax'"),
         (config.rope_factor >= 1, "rope_factor must be at least 1 (1 switches YaRN off)"),
+        (config.rope_theta > 1, "rope_theta must be above 1"),
+        (min(config.beta_fast, config.beta_slow) > 0, "beta_fast and beta_slow must be above 0"),
         (
             config.n_routed_experts % config.n_expert_groups == 0,
             f"n_routed_experts ({config.n_routed_experts}) must be a multiple of "
@@ -108,6 +112,7 @@ def validate_config(config: Config) -> None:
 
 MAY_BE_ZERO = {"q_lora_rank", "n_shared_experts", "n_dense_layers", "n_mtp_layers"}
 LARGEST = 2**31 - 1  # size of anything: a tensor of two such axes can still be described
+LARGEST_FLOAT = 1e12  # far above every number of a config
 
 
 # ── Four sizes ──

@@ -54,7 +54,7 @@ def has_think_format(text: str) -> bool:
     return is_single and extract_boxed(answer) is not None
 
 
-FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+FENCE = re.compile(r"([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^`\n]*+)")
 PYTHON = re.compile(r"\{?\.?(?:python|py)[\d.]*\b|$", re.IGNORECASE)
 
 

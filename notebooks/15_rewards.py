@@ -113,7 +113,7 @@ def has_think_format(text: str) -> bool:
 
 # %%
 #| export
-FENCE = re.compile(r"([ \t]*)(`{3,}|~{3,})[ \t]*([^`\n]*)")
+FENCE = re.compile(r"([ \t]*+)(`{3,}+|~{3,}+)[ \t]*+([^`\n]*+)")
 PYTHON = re.compile(r"\{?\.?(?:python|py)[\d.]*\b|$", re.IGNORECASE)
 
 

@@ -134,6 +134,11 @@ def test_tiny_switches_every_mechanism_on():
         ("rope_factor", "40", "rope_factor must be a number of at least 0, not '40'"),
         ("init_std", -0.1, "init_std must be a number of at least 0, not -0.1"),
         ("norm_eps", float("nan"), "norm_eps must be a number of at least 0, not nan"),
+        ("init_std", 10**400, "init_std must be at most 1000000000000.0, not 1000"),
+        ("rope_theta", float("inf"), "rope_theta must be at most 1000000000000.0, not inf"),
+        ("rope_theta", 1, "rope_theta must be above 1"),
+        ("beta_fast", 0, "beta_fast and beta_slow must be above 0"),
+        ("beta_slow", 0.0, "beta_fast and beta_slow must be above 0"),
         ("n_mtp_layers", -1, "n_mtp_layers must be a whole number of at least 0, not -1"),
     ],
 )

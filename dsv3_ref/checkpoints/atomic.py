@@ -205,13 +205,17 @@ def write_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=1))
 
 
-def check_regular(path: Path) -> None:
-    """Raise an `OSError` for what reading would not end: a pipe, a device, a file too large."""
+def check_regular(path: Path, max_bytes: float | None = None) -> None:
+    """Raise an `OSError` for what reading would not end: a pipe, a device, a file too large.
+
+    max_bytes: MAX_JSON_BYTES by default.
+    """
+    limit = MAX_JSON_BYTES if max_bytes is None else max_bytes
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise OSError("it is not a regular file")
-    if about.st_size > MAX_JSON_BYTES:
-        raise OSError(f"it has {about.st_size:,} bytes, more than {MAX_JSON_BYTES:,}")
+    if about.st_size > limit:
+        raise OSError(f"it has {about.st_size:,} bytes, more than {limit:,}")
 
 
 def read_text(path: Path) -> str:

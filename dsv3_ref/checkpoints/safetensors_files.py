@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dsv3_ref.checkpoints.atomic import read_json
+from dsv3_ref.checkpoints.atomic import check_regular, read_json
 from dsv3_ref.checkpoints.layout import CONFIG, INDEX, WEIGHTS
 from dsv3_ref.config import UserError, ceil_div
 from dsv3_ref.fp8 import BLOCK_SIZE, weight_dequant
@@ -166,6 +166,7 @@ def indexed_files(path: Path) -> list[str]:
 def open_file(path: Path, named_in: str = INDEX) -> Any:
     """Map a safetensors file, without reading it yet."""
     try:
+        check_regular(path, max_bytes=math.inf)
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise UserError(f"{path} is named in {named_in} but is not there: copy it too") from None

@@ -341,9 +341,14 @@ def parse_json_line(raw: bytes) -> Any:
         return BrokenRow(f"it is not JSON ({e.msg} at column {e.colno})")
     except ValueError as e:  # a number of too many digits
         return BrokenRow(f"it is not JSON ({e})")
-    if raw.count(b"[") + raw.count(b"{") > MAX_NESTING and nesting(value) > MAX_NESTING:
+    if is_too_deep(value, raw.count(b"[") + raw.count(b"{")):
         return BrokenRow("it is nested too deeply")
     return checked_row(value, LONE_SURROGATE.search(raw) is not None)
+
+
+def is_too_deep(value: Any, num_brackets: int) -> bool:
+    """Return whether a JSON value with so many opening brackets is nested too deeply for a row."""
+    return num_brackets > MAX_NESTING and nesting(value) > MAX_NESTING
 
 
 def nesting(value: Any) -> int:

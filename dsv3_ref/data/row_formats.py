@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from dsv3_ref.config import UserError
+from dsv3_ref.data.formats import is_too_deep
 from dsv3_ref.data.messages import Message
 
 # ShareGPT's names of the roles
@@ -92,6 +93,8 @@ def rename_speaker(turn: Any) -> Any:
         return turn
     rest = {k: v for k, v in turn.items() if k not in ("from", "value", "role", "content")}
     speaker, value = turn["from"], turn.get("value")
+    if not isinstance(speaker, str):
+        raise UserError(f'"from" of a message is {speaker!r}: write the name of a speaker')
     if speaker == "function_call":
         call = parse_json_text(value, "the value of a function_call")
         calls = [{"type": "function", "function": x} for x in as_list(call)]
@@ -104,11 +107,12 @@ def parse_alpaca(row: dict[str, Any], question: str, answer: str) -> list[Messag
 
     question, answer: names of its columns, such as "instruction" and "output".
     """
-    pairs = [*(row.get("history") or []), (with_input(row[question], row), row[answer])]
+    history = row.get("history") or []
+    is_list = isinstance(history, list | tuple)
+    if not is_list or any(not isinstance(x, list | tuple) or len(x) != 2 for x in history):
+        raise UserError('its "history" is not a list of [question, answer]: correct it')
     messages = []
-    for pair in pairs:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UserError('its "history" is not a list of [question, answer]: correct it')
+    for pair in [*history, (with_input(row[question], row), row[answer])]:
         messages += [
             {"role": "user", "content": pair[0]},
             {"role": "assistant", "content": pair[1]},
@@ -137,7 +141,7 @@ def parse_turns(value: object) -> Any:
         raise UserError("its messages are written as Python prints them: write JSON (json.dumps)")
     if isinstance(value, str) and JSON_TURNS.match(value):
         with suppress(ValueError):
-            value = json.loads(value)
+            value = load_nested(value)
     return [rename_speaker(x) for x in value] if isinstance(value, list | tuple) else value
 
 
@@ -159,9 +163,20 @@ def parse_tools(value: object) -> list[Any] | None:
 def parse_json_text(text: object, name: str) -> Any:
     """Return the value of a JSON text; raise a `UserError` that names the field if it is none."""
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        return load_nested(text) if isinstance(text, str) else text
     except ValueError as e:
         raise UserError(f"{name} is not JSON: {e}") from None
+
+
+def load_nested(text: str) -> Any:
+    """Return the value of a JSON text; raise a `ValueError` if it is none or nested too deeply."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if is_too_deep(value, text.count("[") + text.count("{")):
+        raise ValueError("it is nested too deeply")
+    return value
 
 
 # ── Pairs ──

@@ -22,6 +22,7 @@ FIM_BEGIN, FIM_END = "<｜fim▁begin｜>", "<｜fim▁end｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL = [BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, "<|EOT|>"]
 MAX_TOKEN_ID = (1 << 24) - 1  # V3 has 128,000 tokens
+SAMPLE = "Hello, wörld 123\n"  # a tokenizer that cannot encode and decode it is refused
 DIGITS = r"\p{N}{1,3}"
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 WORD_SPLITS = (
@@ -78,7 +79,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         check_regular(path)
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as e:  # the library raises a bare Exception
+        tokenizer.decode(tokenizer.encode(SAMPLE).ids)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # bare Exceptions, and panics of Rust, which are none
         raise UserError(f"{path} is not a tokenizer: {e}") from None
     check_ids(tokenizer, path)
     return encode_special_as_text(reset_options(tokenizer))

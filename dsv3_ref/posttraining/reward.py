@@ -48,7 +48,7 @@ from dsv3_ref.training.objective import (
     objective_loss,
     valid_places,
 )
-from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
+from dsv3_ref.training.settings import MAX_EPOCHS, TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import BalanceLossScope, Data, find_chat_template
 
@@ -100,7 +100,10 @@ class RewardConfig(TrainConfig):
             (self.init is not None, "--init is missing: the fine-tuned model to start from"),
             (len(self.data) > 0, "--data needs at least one file of pairs"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
-            (0 < self.epochs < float("inf"), "--epochs must be above 0"),
+            (
+                0 < self.epochs <= MAX_EPOCHS,
+                f"--epochs must be above 0 and at most {MAX_EPOCHS:,}",
+            ),
             (self.judgment_weight >= 0, "--judgment-weight must be at least 0"),
             *unused_loss_rules(self.recipe),
         ]

@@ -28,7 +28,7 @@ from dsv3_ref.optim import TrainingRecipe, get_batch_size_schedule
 from dsv3_ref.pretrain import LossOutput
 from dsv3_ref.sft import SFT_RECIPES, sft_loss
 from dsv3_ref.training.objective import CompletionLoss, Objective, RowBatch
-from dsv3_ref.training.settings import TrainConfig, unused_loss_rules
+from dsv3_ref.training.settings import MAX_EPOCHS, TrainConfig, unused_loss_rules
 from dsv3_ref.training.state import Run
 from dsv3_ref.training.task import (
     SAMPLE_TEMPERATURE,
@@ -72,7 +72,10 @@ class SFTConfig(TrainConfig):
             (self.init is not None, "--init is missing: the run or model to start from"),
             (len(self.data) > 0, "--data needs at least one file of conversations"),
             (self.recipe.steps >= 0, "--steps must be at least 0 (0: as many as --epochs needs)"),
-            (0 < self.epochs < float("inf"), "--epochs must be above 0"),
+            (
+                0 < self.epochs <= MAX_EPOCHS,
+                f"--epochs must be above 0 and at most {MAX_EPOCHS:,}",
+            ),
             *unused_loss_rules(self.recipe),
         ]
 

@@ -75,6 +75,7 @@ class Checkpointer:
         Raise a `UserError` if all are damaged, or if the data, the tokenizer or the settings have
         changed since.
         """
+        self.strategy.broadcast(lambda: require_own_checkpoints(self.run_dir))
         if self.strategy.is_main:
             atomic.clean_temp(self.run_dir / "checkpoints")
         self.strategy.barrier()
@@ -82,6 +83,8 @@ class Checkpointer:
         if checkpoints:
             folder = self.find_undamaged(checkpoints)
             self.strategy.broadcast(lambda: check_same_run(self.about, folder))
+            # `prune` needs them: fail now, not at the next save
+            self.strategy.broadcast(lambda: monitored_values(list_checkpoints(self.run_dir)))
             self.load(folder)
 
     def find_undamaged(self, checkpoints: list[Path]) -> Path:
@@ -178,6 +181,9 @@ def check_same_run(about: dict[str, Any], folder: Path) -> bool:
         raise UserError(
             f"the manifest of {folder} is damaged ({e}): restore it from a copy"
         ) from None
+    if not manifest.get("fingerprints"):
+        print(f"note: the manifest of {folder} has no fingerprints: its data, tokenizer and "
+              "settings are not compared with those of the run")  # fmt: skip
     if differences:
         raise UserError(
             f"{folder} cannot be resumed: {'; '.join(differences[:3])}. Restore what it was "
@@ -240,18 +246,48 @@ def describe_last(run_dir: Path) -> str:
 def prune(run_dir: Path, keep_latest_k: int) -> None:
     """Keep the newest k planned checkpoints, the best of them, and the newest of all."""
     checkpoints = list_checkpoints(run_dir)
-    scores: dict[Path, float] = {}
-    for folder in checkpoints:
-        monitored = atomic.read_json(folder / STATE)["monitored"]
-        if monitored:
-            sign = 1 if monitored["mode"] == "min" else -1
-            scores[folder] = sign * monitored["value"]
+    scores = monitored_values(checkpoints)
     planned = list(scores)
     best = sorted(planned, key=scores.__getitem__)[:1]
     keep = {checkpoints[-1], *planned[-keep_latest_k:], *best}
     for folder in checkpoints:
         if folder not in keep:
             atomic.remove_dir(folder)
+
+
+def monitored_values(checkpoints: list[Path]) -> dict[Path, float]:
+    """Return the value by which each planned checkpoint is ranked; lower is better.
+
+    Raise a `UserError` for a checkpoint whose state does not say whether it has one.
+    """
+    values: dict[Path, float] = {}
+    for folder in checkpoints:
+        try:
+            monitored = atomic.read_json(folder / STATE)["monitored"]
+            if monitored:
+                values[folder] = float(monitored["value"]) * (
+                    1 if monitored["mode"] == "min" else -1
+                )
+        except (LookupError, TypeError, ValueError, OverflowError) as e:
+            raise UserError(
+                f"{folder / STATE} is damaged ({e}): restore {folder} from a copy, or remove it"
+            ) from None
+    return values
+
+
+def require_own_checkpoints(run_dir: Path) -> bool:
+    """Return True; raise a `UserError` if the checkpoints of a run are a link to those of another.
+
+    A run removes old checkpoints, and it may come from a stranger.
+    """
+    folder = run_dir / "checkpoints"
+    home = folder.resolve().parent
+    if folder.is_symlink() and (home / "run.json").exists() and not home.samefile(run_dir):
+        raise UserError(
+            f"{folder} is a link to the checkpoints of another run, {home}, which would be "
+            "removed: resume that run, or copy them"
+        )
+    return True
 
 
 def rollback_point(run_dir: Path) -> Path | None:

@@ -30,6 +30,8 @@ from dsv3_ref.training.run_file import (
 )
 
 METRICS = "metrics.jsonl"  # one row per step
+MAX_STEPS = 10_000_000  # of a run; V3 was trained in fewer than a million
+MAX_EPOCHS = 10_000
 Rule = tuple[bool, str]  # whether it holds, and the error if not
 
 
@@ -273,6 +275,7 @@ def common_rules(args: TrainConfig) -> list[Rule]:
         ),
         (0 < r.batch_rampup_frac <= 1, "--batch-rampup-frac must be above 0 and at most 1"),
         (r.decay_start < r.decay_end, "--decay-start must be below --decay-end"),
+        (r.steps <= MAX_STEPS, f"--steps must be at most {MAX_STEPS:,}"),
         (args.data_streams >= 1, "--data-streams must be at least 1"),
         (0 <= args.fim_rate <= 1, "--fim-rate must be a fraction from 0 to 1"),
         (

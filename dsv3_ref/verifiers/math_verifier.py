@@ -18,6 +18,7 @@ from dsv3_ref.data.worker_process import WorkerProcess, answer_lines
 TIMEOUT_S = 5.0  # of processor time, for one comparison
 MEMORY_BYTES = 4 << 30  # of address space
 NUMERIC_DIGITS = 1000  # that tell apart numbers such as √2 and √2 + 10⁻²⁰
+SPARE_DIGITS = 100  # of these that rounding may change
 MISSING = "comparing mathematical answers needs: pip install 'dsv3-ref[rl]'"
 # What the parser would read as a product of letters or as a sum: words, numbers side by side, and
 # marks that it drops.
@@ -110,14 +111,40 @@ def exact_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{int(whole + places)}}}{{{10 ** len(places)}}}"
 
 
-def is_zero(difference: Any, size: Any) -> bool:
-    """Return whether an expression is 0, compared with the expressions that it subtracts."""
+def evaluate(number: Any, digits: int) -> tuple[Any, Any]:
+    """Return the real and the imaginary part of a number to so many digits, as exact fractions.
+
+    Raise an error if sympy cannot compute it, or if it is infinite.
+    """
+    from sympy import Rational
+
+    real, imaginary = number.evalf(digits, maxn=digits).as_real_imag()
+    # arithmetic with floats would round the right answer to the precision of the other one
+    return Rational(real), Rational(imaginary)
+
+
+def differ_at_most(number: Any, right: Any, digits: int, margin: Any, is_relative: bool) -> bool:
+    """Return whether two numbers differ by at most `margin`, times their size if it is relative.
+
+    Each is evaluated alone: in a difference, cancellation can leave noise of any size, and an
+    answer such as 10⁴⁰⁰⁰ (sin² 1 + cos² 1 − 1) would equal every number.
+    """
+    (x, y), (right_x, right_y) = evaluate(number, digits), evaluate(right, digits)
+    size = x**2 + y**2 + right_x**2 + right_y**2 if is_relative else 1
+    return bool((x - right_x) ** 2 + (y - right_y) ** 2 <= margin**2 * size)
+
+
+def has_same_value(expression: Any, right: Any) -> bool:
+    """Return whether two finite expressions are equal, exactly as far as that can be computed."""
+    from sympy import Rational
+
+    difference = expression - right
     if difference.is_Rational:
         return bool(difference == 0)
-    if not difference.free_symbols and not size.has("zoo"):
-        gap = abs(difference.evalf(20, maxn=NUMERIC_DIGITS))
-        return bool(gap * 10 ** (NUMERIC_DIGITS - 100) <= size.evalf(20, maxn=NUMERIC_DIGITS))
-    return difference.equals(0) is True
+    if difference.free_symbols:
+        return difference.equals(0) is True
+    margin = Rational(1, 10 ** (NUMERIC_DIGITS - SPARE_DIGITS))
+    return differ_at_most(expression, right, NUMERIC_DIGITS, margin, is_relative=True)
 
 
 def compare(answer: str, truth: str, decimals: int | None, are_equations: bool) -> bool:
@@ -132,15 +159,12 @@ def compare(answer: str, truth: str, decimals: int | None, are_equations: bool) 
     expression, right = parse_expression(answer), parse_expression(truth)
     if expression == right:
         return expression is not nan and expression is not zoo
-    if (
-        not isinstance(expression, Expr)
-        or not isinstance(right, Expr)
-        or expression.has(oo, -oo, zoo, nan)
-    ):
+    if not all(isinstance(x, Expr) and not x.has(oo, -oo, zoo, nan) for x in (expression, right)):
         return False
     if decimals is not None:
-        return bool(abs((expression - right).evalf(30 + decimals)) <= Rational(1, 2 * 10**decimals))
-    return is_zero(expression - right, abs(expression) + abs(right))
+        margin = Rational(1, 2 * 10**decimals)
+        return differ_at_most(expression, right, 30 + decimals, margin, is_relative=False)
+    return has_same_value(expression, right)
 
 
 def answer_line(line: str) -> str:

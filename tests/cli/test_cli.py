@@ -50,6 +50,7 @@ def said(home, tmp_path, capsys):
         (["--model.n-activated-experts", "5"], "n_activated_experts (5) must fit into"),
         (["--model.vocab-size", "264"], "vocab_size 264 is too small"),
         (["--steps", "0"], "--steps must be at least 1"),
+        (["--steps", "3000000000"], "--steps must be at most 10,000,000"),
         (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--seed", str(2**63)], "--seed must be a whole number from 0"),
         (["--seq-len", "65"], "--seq-len 65 is longer than --model.max-seq-len 64"),

@@ -157,6 +157,9 @@ def test_what_is_no_tokenizer_is_said(tmp_path):
     with pytest.raises(UserError, match=f"{path} is not a tokenizer"):
         tok.load_tokenizer(tmp_path)
     values = json.loads(TRAINED.to_str())
+    path.write_text(json.dumps(values | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}))
+    with pytest.raises(UserError, match=f"{path} is not a tokenizer: chunk size must be"):
+        tok.load_tokenizer(tmp_path)  # the library panics, which is no Exception
     values["added_tokens"] = values["added_tokens"][:2]
     for s in tok.SPECIAL[2:]:
         del values["model"]["vocab"][s]

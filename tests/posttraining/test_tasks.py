@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import pytest
 
@@ -166,3 +167,17 @@ def test_files_that_cannot_be_practiced_on(tmp_path):
 )
 def test_the_only_block_of_code(text, code):
     assert extract_code(text) == code
+
+
+LONG_LINES = {
+    "tildes": "~" * 200_000 + "`", "spaces": "```" + " " * 200_000 + "`",
+    "both": "~" * 100_000 + " " * 100_000 + "`", "indent": " " * 200_000 + "x",
+    "an end": "```\n" + "`" * 100_000 + " " * 100_000 + "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG_LINES)
+def test_a_long_line_of_an_answer_takes_no_time(name):
+    start = time.process_time()
+    assert extract_code(LONG_LINES[name]) is None
+    assert time.process_time() - start < 0.5

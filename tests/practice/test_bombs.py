@@ -15,7 +15,8 @@ import pytest
 from chat_forms import FORMS, form_tokenizer
 
 from dsv3_ref.checkpoints.atomic import write_json
-from dsv3_ref.checkpoints.manifest import write_manifest
+from dsv3_ref.checkpoints.manifest import installed_versions, write_manifest
+from dsv3_ref.checkpoints.safetensors_files import TensorFiles
 from dsv3_ref.config import UserError
 from dsv3_ref.data import formats, jinja_template
 from dsv3_ref.data.chat_template import ChatTemplate
@@ -25,7 +26,11 @@ from dsv3_ref.data.shard_writer import Shard
 from dsv3_ref.data.shards import read_index
 from dsv3_ref.data.tokenizer_settings import TokenizerSettings, copy_files, copy_tokenizer_settings
 from dsv3_ref.export.tokenizer_files import copy_tokenizer_files
-from dsv3_ref.training.checkpointer import check_same_run
+from dsv3_ref.training.checkpointer import (
+    check_same_run,
+    monitored_values,
+    require_own_checkpoints,
+)
 from dsv3_ref.training.metrics import ExpertLoadWriter, MetricsWriter
 from dsv3_ref.training.report import write_report
 from dsv3_ref.training.run_file import read_mapping, read_run_file
@@ -320,6 +325,45 @@ def test_fingerprints_that_make_no_sense_are_a_sentence(change, tmp_path):
     now = {"settings": {"lr": 1}, "tokenizer": "", "data": [{"name": "a"}]}
     with pytest.raises(UserError, match="the manifest of .* is damaged"):
         check_same_run({"fingerprints": now}, tmp_path)
+
+
+def test_missing_fingerprints_are_reported(tmp_path, capsys):
+    write_manifest(tmp_path, {"versions": {"torch": installed_versions()["torch"]}})
+    assert check_same_run({"fingerprints": {}}, tmp_path)
+    assert f"the manifest of {tmp_path} has no fingerprints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("monitored", [
+    {}, {"monitored": 3}, {"monitored": {"mode": "min"}},
+    {"monitored": {"mode": "min", "value": [1]}}, {"monitored": {"mode": "min", "value": 10**999}},
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_ranked_is_named(monitored, tmp_path):
+    (tmp_path / "state.json").write_text(json.dumps(monitored))
+    with pytest.raises(UserError, match=rf"{tmp_path}/state.json is damaged"):
+        monitored_values([tmp_path])
+
+
+def test_checkpoints_of_another_run_are_not_pruned(tmp_path):
+    mine, evil, disk = (tmp_path / name for name in ("mine", "evil", "disk"))
+    for folder in (mine / "checkpoints", evil, disk):
+        folder.mkdir(parents=True)
+    assert require_own_checkpoints(mine)
+    (evil / "checkpoints").symlink_to(disk)
+    assert require_own_checkpoints(evil)
+    (mine / "run.json").write_text("{}")
+    assert require_own_checkpoints(mine)
+    (evil / "checkpoints").unlink()
+    (evil / "checkpoints").symlink_to(mine / "checkpoints")
+    with pytest.raises(UserError, match=f"a link to the checkpoints of another run, {mine}"):
+        require_own_checkpoints(evil)
+
+
+def test_a_part_of_a_model_that_is_a_pipe_is_not_waited_for(tmp_path):
+    weight_map = {"embed.weight": "a.safetensors"}
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="a.safetensors is damaged .*not a regular file"):
+        TensorFiles(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

@@ -237,6 +237,19 @@ BAD_ROWS = {
     ),
     "images": ({"messages": [ASK, TELL], "images": ["a.jpg"]}, 'it has "images"'),
     "an empty history": ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history"'),
+    "a history that is no list": (
+        {"instruction": "a", "output": "b", "history": 7}, 'its "history" is not a list',
+    ),
+    "a speaker that is a list": (
+        {"messages": [{"from": ["a"], "value": "b"}]}, '"from" of a message is',
+    ),
+    "deep texts": ({"messages": "[" * 9999 + "]" * 9999}, '"messages" is not JSON: it is nested'),
+    "deep tools": (
+        {"messages": [ASK, TELL], "tools": "[" * 101 + "]" * 101}, '"tools" is not JSON: it is nes',
+    ),
+    "a deep message": (
+        {"messages": [ASK, TELL], "prompt": '[{"role": ' + "[" * 9999, "label": False}, '"label"',
+    ),
     "no columns of ours": ({"text": "hello", "meta": 1}, "only text, meta"),
     "null": ({"messages": [ASK | {"content": None}, TELL]}, "turn 1 is not a role with a string"),
 }  # fmt: skip

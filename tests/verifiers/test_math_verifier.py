@@ -38,11 +38,21 @@ INTEGERS = st.integers(-(10**6), 10**6) | st.integers(10**9, 10**30)
         ("７", "8", False),
         ("７", "7", True), ("nan", "7", False), (r"\infty", "7", False), ("1/0", "7", False),
         ("true", "1", False), ("7, 7.0000001", "7", False), (r"7 \pm 0.0000001", "7", False),
-        ("х", "x", False),
+        ("х", "x", False), ("7", r"\infty", False), ("7", r"1 - \infty", False),
+        (r"\infty", r"\infty", True), (r"-\infty", r"\infty", False),
+        ("[0, 7)", r"[0, \infty)", False), (r"[0, \infty)", r"[0, \infty)", True),
+        (r"e^{i \pi} + 1 + \sqrt{2} i", r"i \sqrt{2}", True), ("7", r"\frac{1}{0}", False),
     ],
 )  # fmt: skip
 def test_answers_are_exact(answer, truth, is_equal):
     assert answers_equal(answer, truth) is is_equal
+
+
+@pytest.mark.parametrize("truth", [r"\sqrt{2}", "7", "3.14", "0.5", r"2 \pi"])
+def test_rounding_of_a_huge_zero_equals_no_number(truth):
+    zero = r"\exp(1) \cdot \exp(-\sin(1)) - \exp(1 - \sin(1))"
+    assert not answers_equal(rf"10^{{4000}} \cdot ({zero})", truth)
+    assert not answers_equal(rf"10^{{120}} \cdot ({zero})", truth)
 
 
 @settings(max_examples=15)
