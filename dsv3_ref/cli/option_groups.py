@@ -99,7 +99,7 @@ OPTION_GROUPS: dict[str, Groups] = {
         "task": "tasks num_fewshot fewshot_as_multiturn limit system apply_chat_template truncate",
         "sampling": "samples temperature max_new_tokens seed",
         "computation": "batch_size device verify",
-        "output": "out",
+        "output": "out log_samples",
     },
     "plan": {
         "training": "config seq_len global_batch_size micro_batch precision",

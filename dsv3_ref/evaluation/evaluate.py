@@ -1,5 +1,6 @@
 """`dsv3 eval`: pass@k and maj@k of a model on prompt tasks, other tasks by lm-eval."""
 
+import json
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import tyro
 
-from dsv3_ref.checkpoints.atomic import write_json
+from dsv3_ref.checkpoints.atomic import replace_text, write_json
 from dsv3_ref.checkpoints.hub import offline_if_unreachable
 from dsv3_ref.config import UserError, suggest
 from dsv3_ref.posttraining.policy import Completion, Policy, truncate_prompts
@@ -78,6 +79,8 @@ class EvalConfig:
     """compare the files of the model with their checksums, where it has any"""
     out: Path | None = None
     """also write the results here, as JSON, with the command, the version and the settings"""
+    log_samples: Path | None = None
+    """also write every question with its answers and their scores here, as JSON Lines"""
 
 
 def validate_eval_args(args: EvalConfig) -> None:
@@ -116,14 +119,19 @@ def evaluate_checkpoint(
     lm_eval_tasks = [name for name in args.tasks if not is_task_name(name)]
     manager = find_lm_eval_tasks(lm_eval_tasks) if lm_eval_tasks else None
     policy = Policy.from_pretrained(args.model, pick_device(args.device), verify=args.verify)
-    results = {name: evaluate_task(policy, name, args) for name in prompt_tasks}
+    log: list[dict[str, Any]] = []
+    results = {name: evaluate_task(policy, name, args, log) for name in prompt_tasks}
     if lm_eval_tasks:
-        results |= run_lm_eval(policy, lm_eval_tasks, manager, args)
+        results |= run_lm_eval(policy, lm_eval_tasks, manager, args, log)
     for name, metrics in results.items():
         print(f"{name}: {format_metrics(metrics)}")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"model": str(args.model), **(record or {}), "results": results})
+    if args.log_samples:
+        args.log_samples.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in log)
+        replace_text(args.log_samples, "".join(f"{line}\n" for line in lines))
     return results
 
 
@@ -141,11 +149,13 @@ def format_metrics(metrics: dict[str, float]) -> str:
 # ── Prompt tasks ──
 
 
-def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, float]:
+def evaluate_task(
+    policy: Policy, name: str, args: EvalConfig, log: list[dict[str, Any]]
+) -> dict[str, float]:
     """Measure accuracy of greedy answers, and pass@1, pass@k and maj@k of sampled ones.
 
     Each comes with the standard error of its mean over problems, and with the numbers of problems,
-    of answers without an end, and of prompts that were truncated.
+    of answers without an end, and of prompts that were truncated. log: a row per problem is added.
     """
     problems = held_out_problems(name)[: args.limit or None]
     k = args.samples
@@ -154,10 +164,8 @@ def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, floa
     greedy = complete(policy, prompts, 1, 0.0, args)
     samples = complete(policy, prompts, k, args.temperature, args)
     groups = [samples[i : i + k] for i in range(0, len(samples), k)]
-    num_correct = [
-        sum(score_completion(name, problem, x) == 1 for x in group)
-        for problem, group in zip(problems, groups)
-    ]
+    rewards = [[score_completion(name, p, x) for x in g] for p, g in zip(problems, groups)]
+    num_correct = [sum(reward == 1 for reward in values) for values in rewards]
     scores = {
         "greedy": [score_completion(name, p, x) for p, x in zip(problems, greedy)],
         "pass@1": [pass_at_k(n, k, 1) for n in num_correct],
@@ -166,6 +174,12 @@ def evaluate_task(policy: Policy, name: str, args: EvalConfig) -> dict[str, floa
         scores[f"pass@{k}"] = [pass_at_k(n, k, k) for n in num_correct]
     if k > 1 and not problems[0].cases:  # there is no majority of programs
         scores[f"maj@{k}"] = [score_majority(name, p, group) for p, group in zip(problems, groups)]
+    for i, problem in enumerate(problems):
+        log.append({
+            "task": name, "number": i, "question": problem.transcript, "target": problem.answer,
+            "greedy": greedy[i].text, "greedy_score": scores["greedy"][i],
+            "answers": [x.text for x in groups[i]], "scores": rewards[i],
+        })  # fmt: skip
     metrics: dict[str, float] = {"n": len(problems)}
     for metric, values in scores.items():
         metrics |= mean_with_error(metric, values)
@@ -274,9 +288,12 @@ def check_task_name(name: str, known: Sequence[str]) -> None:
 
 
 def run_lm_eval(
-    policy: Policy, names: list[str], manager: Any, args: EvalConfig
+    policy: Policy, names: list[str], manager: Any, args: EvalConfig, log: list[dict[str, Any]]
 ) -> dict[str, dict[str, float]]:
-    """Run tasks of lm-eval, `speeches` among them, and return their metrics."""
+    """Run tasks of lm-eval, `speeches` among them, and return their metrics.
+
+    log: a row per document is added.
+    """
     import lm_eval
 
     from dsv3_ref.evaluation.lm_eval_adapter import DSV3LM, task_config
@@ -298,6 +315,8 @@ def run_lm_eval(
             raise
         except Exception as e:  # no network or a data set that has changed, of many types
             raise UserError(f"lm-eval could not run {', '.join(names)}: {explain(e)}") from e
+    for name, documents in output.get("samples", {}).items():
+        log += lm_eval_log(name, documents)
     samples = output.get("n-samples", {})
     results = {}
     for name, row in output["results"].items():
@@ -307,6 +326,19 @@ def run_lm_eval(
         print(f"{model.num_truncated} of lm-eval's texts were truncated", file=sys.stderr)
         results = {name: row | {"truncated": model.num_truncated} for name, row in results.items()}
     return results
+
+
+def lm_eval_log(name: str, documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per document of a task, which lm-eval lists once for each of its filters."""
+    rows: dict[int, dict[str, Any]] = {}
+    for document in documents:
+        number = document["doc_id"]
+        row = rows.setdefault(number, {
+            "task": name, "number": number, "question": document["arguments"][0][0],
+            "target": document["target"], "answers": document["resps"], "scores": {},
+        })  # fmt: skip
+        row["scores"][document["filter"]] = {key: document[key] for key in document["metrics"]}
+    return list(rows.values())
 
 
 def explain(error: BaseException) -> str:

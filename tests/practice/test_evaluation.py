@@ -21,6 +21,7 @@ from dsv3_ref.evaluation.evaluate import (
     draw_examples,
     evaluate_checkpoint,
     explain,
+    lm_eval_log,
 )
 from dsv3_ref.posttraining.policy import Policy
 from dsv3_ref.posttraining.prompts import held_out_problems
@@ -77,6 +78,35 @@ def test_all_rows_are_scored_with_their_number_and_error(home, tmp_path, monkeyp
     assert f"{name}: n 7, greedy 0.2857 ± 0.18" in capsys.readouterr().out
     assert report["command"].startswith("dsv3 eval") and report["version"]
     assert report["settings"]["seed"] == 0 and found["truncated"] == 0
+
+
+@pytest.mark.parametrize("other", [(), pytest.param(("lm-sums",), marks=pytest.mark.full)])
+def test_every_question_is_logged_once_with_its_answers(home, tmp_path, other):
+    """EleutherAI/lm-evaluation-harness #1687: with two filters, each was written twice."""
+    name, log = own_rows(tmp_path, 2), tmp_path / "new/log.jsonl"
+    tasks = (name, *other)
+    args = EvalConfig(
+        home / "base", tasks, samples=2, limit=2, device="cpu", max_new_tokens=2, log_samples=log
+    )
+    results = evaluate_checkpoint(args)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["task"] for row in rows] == sorted([*tasks, *tasks], key=tasks.index)
+    assert [row["number"] for row in rows] == [0, 1] * len(tasks)
+    assert [row["question"] for row in rows[:2]] == ["say 0", "say 1"]
+    assert all(len(row["answers"]) == len(row["scores"]) == 2 for row in rows[:2])
+    assert statistics.mean(row["greedy_score"] for row in rows[:2]) == results[name]["greedy"]
+    assert all(row["answers"] and row["question"] for row in rows)
+
+
+def test_filters_of_a_task_share_a_row_of_the_log():
+    """gsm8k has two: lm-eval lists every document once for each."""
+    shared = {"arguments": [("ask", {})], "target": "18", "resps": [["#### 18"]], "metrics": ["m"]}
+    documents = []
+    for name, score in (("strict", 0), ("flexible", 1)):
+        documents += [{"doc_id": i, "filter": name, "m": score} | shared for i in range(2)]
+    rows = lm_eval_log("gsm8k", documents)
+    assert [row["number"] for row in rows] == [0, 1]
+    assert rows[0]["scores"] == {"strict": {"m": 0}, "flexible": {"m": 1}}
 
 
 def test_one_row_and_a_limit(home, tmp_path):
