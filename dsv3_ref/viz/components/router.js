@@ -65,7 +65,7 @@ function drawBoard() {
 function drawToken(token, t) {
   const top = LOADS + 22 + t * ROW;
   const choose = () => select(t);
-  return svg("g", { class: "token", id: `token-${t}`, role: "option", onclick: choose },
+  return svg("g", { class: "token", id: `token-${t}`, role: "option", "aria-label": token, onclick: choose },
     svg("rect", { class: "back", x: 1, y: top, width: WIDTH - 2, height: ROW - 1 }),
     svg("text", { class: "name", x: NAMES - 4, y: top + 12 }, visible(token)),
     svg("g", { id: `cells-${t}` }));
