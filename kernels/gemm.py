@@ -489,7 +489,8 @@ class TritonGroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_mo: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_mi, map_xz, end_e = ctx.saved_tensors
+        # a deferred Wgrad would keep the graph that made x
+        x_mi, map_xz, end_e = (x.detach() for x in ctx.saved_tensors)
         weight, g_mo = ctx.weight, g_mo.contiguous()
 
         def wgrad(out: Tensor | None = None) -> Tensor:

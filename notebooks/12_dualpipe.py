@@ -185,7 +185,7 @@ class ZeroBubbleLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = ctx.weight
-        (x,) = ctx.saved_tensors
+        x = ctx.saved_tensors[0].detach()  # a deferred Wgrad would keep the graph that made x
 
         def wgrad(out: Tensor | None = None) -> Tensor:
             dw_oi = g.flatten(0, -2).T @ x.flatten(0, -2)
@@ -210,7 +210,7 @@ class ZeroBubbleGroupedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_mo: Tensor) -> tuple[Tensor, Tensor | None, None]:
         weight = ctx.weight
-        x_mi, end_e = ctx.saved_tensors
+        x_mi, end_e = (x.detach() for x in ctx.saved_tensors)
         g_mo = g_mo.contiguous()
 
         def wgrad(out: Tensor | None = None) -> Tensor:

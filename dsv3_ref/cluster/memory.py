@@ -106,8 +106,6 @@ def block_activations(at: MemorySettings, dense: bool, tokens: int, stream: int)
     if at.fixed:  # the place of rows beyond the sizes
         saved["rows of experts"] += 8 * len(at.fixed.sent)
     saved["rows of experts"] += count_bytes(at)
-    if not at.fp8:  # where the rows of each expert end, in int32
-        saved["rows of experts"] += 4 * (e // at.ep)
     return saved
 
 
@@ -136,12 +134,15 @@ def stage_activations(at: MemorySettings, stage: int) -> Bytes:
 
 
 def count_bytes(at: MemorySettings) -> int:
-    """Return the bytes of the numbers of rows of a rank's experts.
+    """Return the bytes of the numbers of rows of a rank's experts, which three products save.
 
-    With exact sizes and several ranks, FP8 has the number of rows of no expert beside them.
+    In FP8 it is one tensor; with exact sizes and several ranks, it has the number of rows of no
+    expert, too. In bf16 each product has where the rows of every expert end, in int32.
     """
-    has_none = at.fp8 and at.ep > 1 and at.fixed is None
-    return 8 * (at.config.n_routed_experts // at.ep + has_none)
+    local = at.config.n_routed_experts // at.ep
+    if not at.fp8:
+        return 3 * 4 * local
+    return 8 * (local + (at.ep > 1 and at.fixed is None))
 
 
 # ── What a deferred weight gradient keeps ──
@@ -170,6 +171,8 @@ def block_wgrads(at: MemorySettings, dense: bool, tokens: int) -> int:
             num_bytes += operand_bytes(at, rows, groups, n_out)
         if name != "wkv_a":  # reads the input of wq_a, or of wq
             num_bytes += operand_bytes(at, rows, groups, gemm.n_in)
+        if name == "wkv_b" and not at.fp8:  # the latent lies in one tensor with the rotary key
+            num_bytes += operand_bytes(at, rows, groups, at.config.qk_rope_head_dim)
     return num_bytes
 
 

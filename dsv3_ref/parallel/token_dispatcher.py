@@ -221,12 +221,19 @@ def contiguous_copy(x: Tensor) -> Tensor:
 
 
 def pack_bytes(*tensors: Tensor) -> Tensor:
-    """Return the rows of several tensors side by side as bytes, to be sent in one message."""
+    """Return the rows of several tensors side by side as bytes, to be sent in one message.
+
+    The bytes of a single tensor are a view of it.
+    """
+    if len(tensors) == 1 and tensors[0].is_contiguous() and tensors[0].stride(-1) == 1:
+        return tensors[0].flatten(1).view(torch.uint8)
     return torch.cat([contiguous_copy(t).flatten(1).view(torch.uint8) for t in tensors], 1)
 
 
 def unpack_bytes(rows: Tensor, *like: Tensor) -> list[Tensor]:
-    """Undo `pack_bytes`; `like` has the dtypes and widths."""
+    """Undo `pack_bytes`; `like` has the dtypes and widths. A single tensor is a view of `rows`."""
+    if len(like) == 1:
+        return [rows.view(like[0].dtype).view(len(rows), *like[0].shape[1:])]
     widths = [t.shape[1:].numel() * t.element_size() for t in like]
     parts = [contiguous_copy(x).view(t.dtype) for x, t in zip(rows.split(widths, 1), like)]
     return [x.view(len(x), *t.shape[1:]) for x, t in zip(parts, like)]
@@ -462,13 +469,13 @@ class AllToAllDispatcher:
         else:
             layout = self.exact_layout(levels[0], expert_nk)
         dispatch = Dispatch(layout.plan, layout.expert_mk)
-        rows = tape.run(layout.take, x_nd, weight_nk)
-        x_md, w_mk = yield from tape.run_comm(dispatch, *rows)
-        y_md = yield from self.apply_levels(
-            levels[1:], sizes[1:], tape, experts, x_md, w_mk, *dispatch.unpack()
-        )
+        n, rows = len(x_nd), tape.run(layout.take, x_nd, weight_nk)
+        del x_nd, weight_nk  # no level holds what it was given until its results are back
+        rows = yield from tape.run_comm(dispatch, *rows)
+        inner = self.apply_levels(levels[1:], sizes[1:], tape, experts, *rows, *dispatch.unpack())
+        del rows
+        y_md = yield from inner
         (y_md,) = yield from tape.run_comm(Combine(layout.plan), y_md)
-        n = len(x_nd)
         return tape.run(lambda y: sum_token_rows(y, layout.token_m, n, layout.has_empty), y_md)
 
     def exact_layout(self, level: DispatchLevel, expert_nk: Tensor) -> LevelLayout:
