@@ -258,6 +258,14 @@ class TokenText(NamedTuple):
         return self.data == self.text.encode()
 
 
+def to_token_text(data: bytes) -> TokenText:
+    """Return bytes with their text, which names the bytes if they are no whole characters."""
+    try:
+        return TokenText(data.decode(), data)
+    except UnicodeDecodeError:
+        return TokenText("".join(f"\\x{byte:02x}" for byte in data), data)
+
+
 class TokenDescriber:
     """A tokenizer that returns what its tokens look like by themselves."""
 
@@ -265,14 +273,13 @@ class TokenDescriber:
         self.tokenizer = tokenizer
         self.special = special_ids(tokenizer)
         self.is_byte_level = is_byte_level(tokenizer)
+        self.described: dict[int, TokenText] = {}
 
     def describe(self, token: int) -> TokenText:
         """Return the text and the bytes of a token; nothing for an id without a token."""
-        data = self.bytes_of(token)
-        try:
-            return TokenText(data.decode(), data)
-        except UnicodeDecodeError:
-            return TokenText("".join(f"\\x{byte:02x}" for byte in data), data)
+        if token not in self.described:
+            self.described[token] = to_token_text(self.bytes_of(token))
+        return self.described[token]
 
     def bytes_of(self, token: int) -> bytes:
         """Return the bytes of a token; a special token has those of its name."""

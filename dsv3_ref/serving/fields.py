@@ -17,7 +17,7 @@ MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
-MAX_LISTED = 1 << 18  # log-probabilities in one response, of about half a kilobyte each
+MAX_LISTED = 1 << 16  # log-probabilities in one response; formatting more would hold up streams
 MAX_LISTED_AT_ONCE = 1 << 20  # in all responses that have not been sent
 MAX_SEED = (1 << 63) - 1
 
