@@ -66,10 +66,11 @@ def embed(html: str, title: str, height: int) -> None:
     JupyterLab removes the frame from a notebook that it does not trust, and shows the text in it.
     """
     if in_notebook():
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        display(HTML(
+        element = (
             f'<iframe srcdoc="{escape(html)}" title="{text(title)}" sandbox="allow-scripts" '
             f'width="100%" height="{height}" style="border: 0">Run this cell to see: '
             f"{text(title)}.</iframe>"
-        ))  # fmt: skip
+        )
+        display({"text/html": element}, raw=True)

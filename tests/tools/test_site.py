@@ -484,6 +484,10 @@ def test_a_reader_without_network_sees_equations_and_finds_words(built, page, tm
         equations = page.locator("div.math, span.math").count()
         assert page.locator("mjx-container").count() == equations > 0
         assert page.locator("[data-mjx-error], [data-mml-node=merror]").count() == 0, path.stem
+    page.goto((site / "notebooks/12_dualpipe.html").as_uri())
+    frame = page.frame_locator("iframe[title='a pipeline, step by step']")
+    frame.get_by_role("radio", name="1F1B").click()
+    assert frame.locator("#time-value").inner_text() == "0.0"
     assert not [x for x in blocked if "Content Security Policy" in x]
     page.screenshot(path=tmp_path / "chapter.png")
     page.keyboard.press("Control+k")
