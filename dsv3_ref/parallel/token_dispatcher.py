@@ -469,11 +469,15 @@ class AllToAllDispatcher:
         else:
             layout = self.exact_layout(levels[0], expert_nk)
         dispatch = Dispatch(layout.plan, layout.expert_mk)
-        n, rows = len(x_nd), tape.run(layout.take, x_nd, weight_nk)
+        n, sent = len(x_nd), tape.run(layout.take, x_nd, weight_nk)
         del x_nd, weight_nk  # no level holds what it was given until its results are back
-        rows = yield from tape.run_comm(dispatch, *rows)
-        inner = self.apply_levels(levels[1:], sizes[1:], tape, experts, *rows, *dispatch.unpack())
-        del rows
+        received = tape.run_comm(dispatch, *sent)
+        del sent
+        x_md, w_mk = yield from received
+        inner = self.apply_levels(
+            levels[1:], sizes[1:], tape, experts, x_md, w_mk, *dispatch.unpack()
+        )
+        del received, x_md, w_mk
         y_md = yield from inner
         (y_md,) = yield from tape.run_comm(Combine(layout.plan), y_md)
         return tape.run(lambda y: sum_token_rows(y, layout.token_m, n, layout.has_empty), y_md)

@@ -60,7 +60,7 @@ def count_step(recompute: bool, sequences: int):
         with saved_tensors(recompute), torch.autocast("cpu", torch.bfloat16):
             engine.train_step(rows, recipe, 1e-3, 1e-3, 0.3)
 
-    with kernels_like(), ops.use("lean", "even", "auto"), pytest.MonkeyPatch.context() as patch:
+    with kernels_like(), ops.use("lean", "auto"), pytest.MonkeyPatch.context() as patch:
         train()  # the optimizer allocates its moments
         counted["masters"] = storages(shards)
         counted["moments"] = storages(tree_leaves([engine.optimizer.moments(x) for x in shards]))
