@@ -394,7 +394,7 @@ def add_policies(site: Path) -> None:
     Scripts inside a page are allowed by hash: all come from the repository and from Sphinx's theme.
     """
     for path in site.rglob("*.html"):
-        if site / "_static" in path.parents or path.name == EXPLAINER:
+        if site / "_static" in path.parents or path == site / EXPLAINER:
             continue  # templates of the theme; a page with a stricter policy of its own
         page = path.read_text(encoding="utf-8")
         frames = map(html.unescape, FRAME.findall(page))  # a frame inherits the page's policy
