@@ -16,6 +16,7 @@ from PIL.Image import open as open_image
 from playwright.sync_api import Page, sync_playwright
 
 from dsv3_ref.studies.explain import ExplainConfig, run_explain
+from dsv3_ref.viz.explainer import SHIPPED_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = {"width": 900, "height": 620}
@@ -66,7 +67,7 @@ def main() -> None:
     """Write the page, play and save the frames."""
     with TemporaryDirectory() as folder, sync_playwright() as p:
         html = Path(folder) / "page.html"
-        run_explain(ExplainConfig(ROOT / "notebooks/models/tiny", html))
+        run_explain(ExplainConfig(SHIPPED_MODEL, html))
         browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE, color_scheme="light")
         page.goto(html.as_uri())

@@ -340,7 +340,7 @@ def test_a_document_comes_back_from_its_tokens(text, rate, seed):
 
 
 def test_a_tokenizer_that_adds_marks_adds_none_to_documents():
-    """Those of Llama begin every text with one."""
+    """Llama's tokenizers begin every text with a special token."""
     adding = Tokenizer.from_str(TOKENS.to_str())
     adding.post_processor = processors.TemplateProcessing(
         f"{tok.BOS} $A", special_tokens=[(tok.BOS, ID[tok.BOS])]

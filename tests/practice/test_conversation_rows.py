@@ -237,7 +237,7 @@ BAD_ROWS = {
     ),
     "images": ({"messages": [ASK, TELL], "images": ["a.jpg"]}, 'it has "images"'),
     "an empty history": ({"instruction": "a", "output": "b", "history": [["q"]]}, '"history"'),
-    "a history that is no list": (
+    "a history that is not a list": (
         {"instruction": "a", "output": "b", "history": 7}, 'its "history" is not a list',
     ),
     "a speaker that is a list": (

@@ -123,7 +123,7 @@ def steps_of(page, rank: int) -> list[str]:
 
 
 def test_a_reader_builds_1f1b_with_the_keyboard(opened):
-    """Of GPipe on three ranks: each backward pass moves to its place in 1F1B."""
+    """Move each backward pass of GPipe on three ranks to its place in 1F1B."""
     page = opened()
     page.get_by_role("button", name="Hold fewer activations").click()
     assert "More than 1F1B: 3 micro-batches in flight" in page.locator("#goal").inner_text()

@@ -12,6 +12,13 @@ export function svg(tag, attributes = {}, ...children) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 }
 
+/** Fill an element with a button per name, of which one is chosen; `choose` gets a pressed one's name. */
+export function radios(id, names, isChosen, choose) {
+  find(id).replaceChildren(...names.map((name) => make("button", {
+    role: "radio", "aria-checked": String(isChosen(name)), onclick: () => choose(name),
+  }, name)));
+}
+
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

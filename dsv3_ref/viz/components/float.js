@@ -22,27 +22,23 @@ export function decode(byte, format) {
   return isInfinity ? value * Infinity : NaN;
 }
 
-/** Return the byte of the nearest value; what is larger than the maximum becomes the maximum. */
+/**
+ * Return the byte of the nearest value; what is larger than the maximum becomes the maximum.
+ * Subnormal numbers, and values rounded up to the next power of two, follow from the addition.
+ */
 export function encode(value, format) {
   const sign = value < 0 || Object.is(value, -0) ? 128 : 0;
   const size = Math.min(Math.abs(value), format.max), low = 1 - format.bias;
   const power = Math.max(low, size > 0 ? Math.floor(Math.log2(size)) : low);
   const step = 2 ** (power - format.mantissaBits);
-  return sign | byteOf(roundEven(size / step) * step, format);
+  const digits = roundEven(size / step), leading = 1 << format.mantissaBits;
+  return sign | (((power + format.bias) << format.mantissaBits) + digits - leading);
 }
 
 /** Round to the nearest integer, from the middle to the even one. */
 function roundEven(x) {
   const floor = Math.floor(x), rest = x - floor;
   return rest > 0.5 || (rest === 0.5 && floor % 2 === 1) ? floor + 1 : floor;
-}
-
-/** Return the byte of a positive value that the format has exactly. */
-function byteOf(size, { mantissaBits, bias }) {
-  const low = 1 - bias, power = Math.max(low, size > 0 ? Math.floor(Math.log2(size)) : low);
-  const digits = Math.round(size / 2 ** (power - mantissaBits)); // with the leading 1, if there is one
-  const leading = 1 << mantissaBits;
-  return digits < leading ? digits : ((power + bias) << mantissaBits) | (digits - leading);
 }
 
 /** Quantize values in tiles of this many: each tile's largest value becomes 448. */

@@ -1,5 +1,5 @@
 // The page of chapter 09: one number in eight bits, and one outlier among many.
-import { find, make, svg } from "./dom.js";
+import { find, make, radios, svg } from "./dom.js";
 import { FORMATS, decode, encode, fields, quantize } from "./float.js";
 
 const values = JSON.parse(find("activations").textContent);
@@ -130,12 +130,6 @@ function drawOutlier() {
 }
 
 // ── Input ──
-
-function radios(id, names, isChosen, choose) {
-  find(id).replaceChildren(...names.map((name) => make("button", {
-    role: "radio", "aria-checked": String(isChosen(name)), onclick: () => choose(name),
-  }, name)));
-}
 
 function drawRadios() {
   radios("formats", Object.keys(FORMATS), (name) => name === page.format, (name) => {

@@ -1,5 +1,5 @@
 // The page of pipeline schedules: a timeline to play, and to change.
-import { find, make, svg } from "./dom.js";
+import { find, make, radios, svg } from "./dom.js";
 import { SCHEDULES, deadlockCircle, dependencies, keyOf, lastStage, maxInFlight, measure, minMicrobatches, move, overlap, phases, schedule, simulate, split } from "./schedule.js";
 
 const NAMES = { gpipe: "GPipe", "1f1b": "1F1B", zb1p: "ZB1P", dualpipe: "DualPipe", dualpipev: "DualPipeV" };
@@ -181,8 +181,11 @@ const words = (one) => `${KINDS[one.kind]} of micro-batch ${one.microbatch} in s
 function select(rank, index) {
   const changesRank = rank !== page.chosen.rank;
   page.chosen = { rank, index };
-  if (changesRank) drawAll();
-  else drawChosen();
+  if (changesRank) { // the numbers of the phases move to it
+    drawBoard();
+    drawTime();
+  }
+  drawChosen();
 }
 
 /** Mark the chosen step and what it needs; say both. */
@@ -233,7 +236,7 @@ function measureAll(steps) {
 }
 
 function row(name, values, isCurrent) {
-  const share = `${((1 - values.idle) * 100).toFixed(0)}%`;
+  const share = `${(values.computing * 100).toFixed(0)}%`;
   const cells = [Number(values.time.toFixed(2)), share, values.inFlight, `${values.parameters}×`];
   return make("tr", { class: isCurrent ? "current" : null }, make("th", { scope: "row" }, name), ...cells.map((cell) => make("td", {}, String(cell))));
 }
@@ -284,9 +287,9 @@ function goal(challenge) {
 // ── Drawing everything ──
 
 function drawControls() {
-  find("schedules").replaceChildren(...Object.keys(NAMES).map((name) => make("button", {
-    role: "radio", "aria-checked": String(name === page.name && !page.challenge), onclick: () => begin(name),
-  }, NAMES[name])));
+  const chosen = page.challenge ? null : NAMES[page.name];
+  radios("schedules", Object.values(NAMES), (title) => title === chosen, (title) =>
+    begin(Object.keys(NAMES).find((name) => NAMES[name] === title)));
   find("ranks").value = page.pp;
   for (const name of ["microbatches", "comm"]) {
     find(name).value = { microbatches: page.m, comm: page.comm }[name];

@@ -184,8 +184,8 @@ export function maxInFlight(steps) {
 }
 
 /**
- * Return the time of all spans, the share of it in which a rank does not compute (it is idle or
- * communicates), and, in pp-ths of the model, the most activations and the parameters of a rank.
+ * Return the time of all spans, the share of it in which ranks compute, and, in pp-ths of the
+ * model, the most activations and the parameters of a rank.
  */
 export function measure(steps, spans, { f = 1, b = 2 } = {}) {
   const time = Math.max(0, ...spans.map((span) => span.end));
@@ -194,7 +194,7 @@ export function measure(steps, spans, { f = 1, b = 2 } = {}) {
   const size = steps.length / (lastStage(steps) + 1);
   const stages = Math.max(...steps.map((own) => new Set(own.flat().map((one) => one.stage)).size));
   const inFlight = size * Math.max(...maxInFlight(steps));
-  return { time, idle: 1 - busy / (time * steps.length), inFlight, parameters: size * stages };
+  return { time, computing: busy / (time * steps.length), inFlight, parameters: size * stages };
 }
 
 // ── Changes of one rank's steps: each returns the new steps, or why it is impossible ──
